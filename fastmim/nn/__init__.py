@@ -1,0 +1,21 @@
+"""Thin modules over the operators; parameter names exactly as in published checkpoints."""
+
+from fastmim.nn.autoencoder import MaskedAutoencoder, Reconstruction
+from fastmim.nn.encoder import Encoder, Features
+from fastmim.nn.layers import Attention, Block, Mlp
+from fastmim.nn.patch_embed import PatchEmbed
+from fastmim.nn.pos_embed import sincos_pos_embed
+from fastmim.nn.teacher import EMATeacher
+
+__all__ = [
+    "Attention",
+    "Block",
+    "EMATeacher",
+    "Encoder",
+    "Features",
+    "MaskedAutoencoder",
+    "Mlp",
+    "PatchEmbed",
+    "Reconstruction",
+    "sincos_pos_embed",
+]

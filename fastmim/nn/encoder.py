@@ -1,0 +1,141 @@
+"""The ViT encoder: what pre-training is for, and what downstream tasks keep."""
+
+from collections.abc import Callable
+from functools import partial
+from typing import NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from fastmim.nn.layers import Block
+from fastmim.nn.patch_embed import PatchEmbed
+from fastmim.nn.pos_embed import sincos_pos_embed
+from fastmim.ops import Masks
+
+LAYER_NORM = partial(nn.LayerNorm, eps=1e-6)  # MAE, RC-MAE, dBOT and SdAE all use this eps
+
+
+class Features(NamedTuple):
+    """Encoder output for whole images.
+
+    Attributes:
+        cls: (B, D), the cls token after the final norm.
+        patch_tokens: (B, N, D), patches row-major, after the final norm.
+    """
+
+    cls: Tensor
+    patch_tokens: Tensor
+
+
+class Encoder(nn.Module):
+    """ViT (arXiv:2010.11929) over any subset of the patches, with fixed sine-cosine positions.
+
+    A base class: the subclass calls :meth:`initialize_weights` once all its parameters exist.
+
+    Args:
+        img_size: Height and width in pixels, or one number for both.
+        patch_size: p, side of a patch in pixels.
+        in_chans: C, channels.
+        embed_dim: D, width of a token.
+        depth: Blocks.
+        num_heads: Heads of each block.
+        mlp_ratio: Hidden width of the MLP divided by D.
+        norm_layer: Makes a normalisation for a width.
+        pixel_mean: For uint8 images, see :class:`fastmim.nn.PatchEmbed`.
+        pixel_std: Likewise.
+    """
+
+    def __init__(
+        self,
+        *,
+        img_size: int | tuple[int, int] = 224,
+        patch_size: int = 16,
+        in_chans: int = 3,
+        embed_dim: int = 1024,
+        depth: int = 24,
+        num_heads: int = 16,
+        mlp_ratio: float = 4.0,
+        norm_layer: Callable[[int], nn.Module] = LAYER_NORM,
+        pixel_mean: tuple[float, ...] | None = None,
+        pixel_std: tuple[float, ...] | None = None,
+    ) -> None:
+        super().__init__()
+        self.patch_embed = PatchEmbed(
+            img_size, patch_size, in_chans, embed_dim, pixel_mean=pixel_mean, pixel_std=pixel_std
+        )
+        self.cls_token = nn.Parameter(torch.zeros(1, 1, embed_dim))
+        self.pos_embed = nn.Parameter(
+            sincos_pos_embed(embed_dim, self.grid_size), requires_grad=False
+        )
+        self.blocks = nn.ModuleList(
+            Block(embed_dim, num_heads, mlp_ratio, norm_layer) for _ in range(depth)
+        )
+        self.norm = norm_layer(embed_dim)
+
+    @property
+    def num_patches(self) -> int:
+        """N, patches per image."""
+        return self.patch_embed.num_patches
+
+    @property
+    def grid_size(self) -> tuple[int, int]:
+        """Rows and columns of patches."""
+        return self.patch_embed.grid_size
+
+    @property
+    def patch_size(self) -> int:
+        """Side of a patch in pixels."""
+        return self.patch_embed.patch_size
+
+    def initialize_weights(self) -> None:
+        """MAE's initialisation; the bias of the patch embedding keeps the convolution's default."""
+        nn.init.xavier_uniform_(self.patch_embed.proj.weight.flatten(1))
+        nn.init.normal_(self.cls_token, std=0.02)
+        if hasattr(self, "mask_token"):
+            nn.init.normal_(self.mask_token, std=0.02)
+        self.apply(_initialize_layer)
+
+    def encode_patches(self, imgs: Tensor, ids: Tensor) -> Tensor:
+        """Encode the patches ``ids``; each attends to these and to the cls token only.
+
+        Args:
+            imgs: (B, C, H, W), uint8 or floating point and normalised.
+            ids: (B, K), int64, patch positions row-major.
+
+        Returns:
+            (B, K + 1, D): cls token first, then the patches in the order of ``ids``.
+        """
+        tokens = self.patch_embed(imgs, ids) + self.pos_embed[0, 1:][ids]
+        cls_token = (self.cls_token + self.pos_embed[:, :1]).expand(imgs.shape[0], -1, -1)
+        x = torch.cat([cls_token, tokens], dim=1)
+        for block in self.blocks:
+            x = block(x)
+        return self.norm(x)
+
+    def forward_encoder(self, imgs: Tensor, masks: Masks) -> Tensor:
+        """Latent of the visible patches (MAE, arXiv:2111.06377, sec. 3).
+
+        Args:
+            imgs: (B, C, H, W), uint8 or floating point and normalised.
+            masks: For B images of N patches.
+
+        Returns:
+            (B, K + 1, D), visible patches in shuffle order.
+        """
+        return self.encode_patches(imgs, masks.ids_keep)
+
+    def encode(self, imgs: Tensor) -> Features:
+        """Features of whole images: every patch is seen, nothing is random.
+
+        Args:
+            imgs: (B, C, H, W), uint8 or floating point and normalised.
+        """
+        every = torch.arange(self.num_patches, device=imgs.device).expand(imgs.shape[0], -1)
+        latent = self.encode_patches(imgs, every)
+        return Features(latent[:, 0], latent[:, 1:])
+
+
+def _initialize_layer(module: nn.Module) -> None:
+    if isinstance(module, nn.Linear):
+        nn.init.xavier_uniform_(module.weight)
+        nn.init.zeros_(module.bias)

@@ -1,0 +1,257 @@
+"""Declare an operator once; serve it from the fastest implementation that accepts the call.
+
+Each operator has one PyTorch schema (``torch.ops.fastmim.<name>``), one shape rule and one
+gradient. Behind the schema stand up to four implementations with the same signature:
+
+* ``reference`` - plain PyTorch, any device; the specification the others are tested against;
+* ``cpp``       - compiled code for CPU tensors: ``csrc/``, or a kernel that PyTorch itself ships;
+* ``triton``    - a kernel in ``kernels/``; needs a GPU, or ``TRITON_INTERPRET=1``;
+* ``cuda``      - a CUDA kernel in ``csrc/``; needs a GPU.
+
+The choice is made inside the operator, so ``torch.compile`` traces one graph whichever serves.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import importlib
+import importlib.util
+import os
+import pkgutil
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+PREFERENCE = ("cuda", "triton", "cpp", "reference")
+OPS: dict[str, Op] = {}
+
+_library = torch.library.Library("fastmim", "DEF")
+
+
+def _parse(backend: str | None) -> str | None:
+    if backend in (None, "", "auto"):
+        return None
+    if backend not in PREFERENCE:
+        raise ValueError(
+            f"unknown backend '{backend}'; FASTMIM_BACKEND and use_backend take auto, "
+            f"{', '.join(PREFERENCE)}"
+        )
+    return backend
+
+
+_forced = _parse(os.environ.get("FASTMIM_BACKEND"))
+
+
+@functools.cache
+def _installed(module: str) -> bool:
+    return importlib.util.find_spec(module) is not None
+
+
+@functools.cache
+def extension_problem() -> str | None:
+    """Why the compiled extension cannot be used; None if it can. Loads it on the first call."""
+    if not _installed("fastmim._C"):
+        return "fastmim was installed without its compiled extension; reinstall with a C++ compiler"
+    try:
+        importlib.import_module("fastmim._C")
+    except (ImportError, OSError) as error:
+        return f"the compiled extension does not load: {error}"
+    return None
+
+
+@dataclass(frozen=True)
+class Native:
+    """An implementation in ``csrc/``: the operator of that name in ``torch.ops.fastmim_native``."""
+
+    name: str
+
+    def load(self) -> Callable:
+        return getattr(torch.ops.fastmim_native, self.name).default
+
+
+@dataclass(frozen=True)
+class Implementation:
+    """One backend of an operator.
+
+    Args:
+        target: The callable, its address ``"module:attribute"`` (imported on first use), or a
+            :class:`Native` operator.
+        accepts: Returns why a call cannot be served, or None. Gets the operator's arguments.
+            It reads dtypes, strides and shapes, never values.
+    """
+
+    target: Callable | str | Native
+    accepts: Callable[..., str | None] | None = None
+
+    @property
+    def needs_extension(self) -> bool:
+        return isinstance(self.target, Native)
+
+    def load(self) -> Callable:
+        if isinstance(self.target, str):
+            return pkgutil.resolve_name(self.target)
+        if isinstance(self.target, Native):
+            return self.target.load()
+        return self.target
+
+
+class Op:
+    """One operator of the library.
+
+    Args:
+        schema: PyTorch schema, no namespace: ``"gather_tokens(Tensor x, Tensor ids) -> Tensor"``.
+        fake: Returns empty outputs of the right shape, dtype and device; runs no arithmetic.
+        implementations: Backend name to :class:`Implementation` (or just its target).
+        shapes: Named sizes; ``edge*`` are tested, the rest are benchmarked.
+        make: Builds the arguments for one entry of ``shapes``.
+        setup_context: Saves what ``backward`` needs. Omit both for an op without gradient.
+        backward: Gradient formula, written with operators of this library.
+    """
+
+    def __init__(
+        self,
+        schema: str,
+        *,
+        fake: Callable,
+        implementations: Mapping[str, Implementation | Callable | str | Native],
+        shapes: Mapping[str, Mapping[str, Any]],
+        make: Callable[..., tuple],
+        setup_context: Callable | None = None,
+        backward: Callable | None = None,
+    ) -> None:
+        self.name = schema.partition("(")[0]
+        self.shapes = shapes
+        self.make = make
+        self.differentiable = backward is not None
+        self._implementations = {
+            backend: given if isinstance(given, Implementation) else Implementation(given)
+            for backend, given in implementations.items()
+        }
+        self._loaded: dict[str, Callable] = {}
+        self._candidates: dict[tuple[str, str | None], list[str]] = {}
+
+        # Library.define costs the host half of what custom_op does on every call.
+        _library.define(schema)
+        _library.impl(self.name, self._run, "CompositeExplicitAutograd")
+        torch.library.register_fake(f"fastmim::{self.name}", fake, lib=_library)
+        if backward is not None:
+            torch.library.register_autograd(
+                f"fastmim::{self.name}", backward, setup_context=setup_context, lib=_library
+            )
+        self.overload = getattr(torch.ops.fastmim, self.name).default
+        OPS[self.name] = self
+
+    def __call__(self, *args: Any) -> Any:
+        return self.overload(*args)
+
+    @property
+    def backends(self) -> tuple[str, ...]:
+        """Implementations that exist, fastest first."""
+        return tuple(b for b in PREFERENCE if b in self._implementations)
+
+    def unavailable(self, backend: str, device: torch.device) -> str | None:
+        """Why ``backend`` cannot serve tensors on ``device``; None if it can."""
+        if backend not in self._implementations:
+            return (
+                f"{self.name} has no {backend} implementation (it has {', '.join(self.backends)})"
+            )
+        if backend == "reference":
+            return None
+        if backend == "triton":
+            if not _installed("triton"):
+                return "triton is not installed; pip install 'fastmim[triton]'"
+            if device.type != "cuda" and os.environ.get("TRITON_INTERPRET") != "1":
+                return f"tensors are on {device}; move them to a GPU or set TRITON_INTERPRET=1"
+            return None
+        needed = "cpu" if backend == "cpp" else "cuda"
+        if device.type != needed:
+            return f"tensors are on {device}; it needs {needed} tensors"
+        if self._implementations[backend].needs_extension:
+            return extension_problem() or self._missing_in_extension(needed)
+        return None
+
+    def _missing_in_extension(self, device_type: str) -> str | None:
+        native = self._implementations["cpp" if device_type == "cpu" else "cuda"].target.name
+        if torch._C._dispatch_has_kernel_for_dispatch_key(
+            f"fastmim_native::{native}", device_type.upper()
+        ):
+            return None
+        return f"the compiled extension was built without its {device_type} kernels"
+
+    def choose(self, device: torch.device, args: tuple | None = None) -> str:
+        """Name of the backend that serves a call on ``device``.
+
+        Args:
+            device: Where the tensors are.
+            args: The operator's arguments; without them only the device decides.
+
+        Raises:
+            RuntimeError: A backend was asked for (FASTMIM_BACKEND, use_backend) and cannot serve.
+        """
+        if _forced is not None:
+            reason = self.unavailable(_forced, device) or self._refuses(_forced, args)
+            if reason is not None:
+                raise RuntimeError(
+                    f"fastmim.{self.name}: backend '{_forced}' was requested "
+                    f"(FASTMIM_BACKEND or use_backend), but {reason}; use 'auto' or 'reference'"
+                )
+            return _forced
+        key = (device.type, os.environ.get("TRITON_INTERPRET"))
+        if key not in self._candidates:
+            # The interpreter is a test tool and never chosen by itself.
+            self._candidates[key] = [
+                b
+                for b in self.backends
+                if self.unavailable(b, device) is None
+                and not (b == "triton" and device.type != "cuda")
+            ]
+        return next(b for b in self._candidates[key] if self._refuses(b, args) is None)
+
+    def _refuses(self, backend: str, args: tuple | None) -> str | None:
+        accepts = self._implementations[backend].accepts
+        return accepts(*args) if accepts is not None and args is not None else None
+
+    def implementation(self, backend: str) -> Callable:
+        if backend not in self._loaded:
+            self._loaded[backend] = self._implementations[backend].load()
+        return self._loaded[backend]
+
+    def _run(self, *args: Any) -> Any:
+        return self.implementation(self.choose(_device(args), args))(*args)
+
+
+def _device(args: tuple) -> torch.device:
+    """Device of the first tensor; an empty list has none, so the next argument is looked at."""
+    for arg in args:
+        if isinstance(arg, torch.Tensor):
+            return arg.device
+        if isinstance(arg, (list, tuple)) and arg and isinstance(arg[0], torch.Tensor):
+            return arg[0].device
+    return torch.device("cpu")
+
+
+@contextlib.contextmanager
+def use_backend(backend: str | None) -> Iterator[None]:
+    """Serve every operator from ``backend`` inside the block; None or "auto": the best.
+
+    Args:
+        backend: "auto", "reference", "cpp", "triton" or "cuda".
+
+    Raises:
+        ValueError: At once, if there is no such backend.
+        RuntimeError: At the first call of an operator that the backend cannot serve, with why.
+    """
+    global _forced
+    previous, _forced = _forced, _parse(backend)
+    try:
+        yield
+    finally:
+        _forced = previous
+
+
+def forced_backend() -> str | None:
+    """The backend asked for by FASTMIM_BACKEND or :func:`use_backend`; None means auto."""
+    return _forced

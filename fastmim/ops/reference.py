@@ -1,0 +1,225 @@
+"""What each operator computes, in plain PyTorch.
+
+This file is the specification: it favours reading over speed.
+Every kernel is tested against it.
+"""
+
+import math
+
+import torch
+from torch import Tensor
+
+_WORD = 0xFFFFFFFF  # 32-bit words are held in int64
+
+
+def _multiply(a: int, b: Tensor) -> tuple[Tensor, Tensor]:
+    """High and low word of the 64-bit product of two 32-bit words."""
+    product = b * a  # int64 wraps modulo 2**64: the bits are those of the unsigned product
+    return (product >> 32) & _WORD, product & _WORD
+
+
+def philox(counter: list[Tensor], key: tuple[int, int]) -> list[Tensor]:
+    """Philox4x32-10 (Salmon et al., SC 2011): four 32-bit words for a counter of four words.
+
+    Args:
+        counter: Four int64 tensors of one shape, values in [0, 2**32), least significant first.
+        key: Two words, least significant first.
+
+    Returns:
+        Four int64 tensors with values in [0, 2**32).
+    """
+    c0, c1, c2, c3 = counter
+    k0, k1 = key
+    for _ in range(10):
+        high0, low0 = _multiply(0xD2511F53, c0)
+        high1, low1 = _multiply(0xCD9E8D57, c2)
+        c0, c1, c2, c3 = high1 ^ c1 ^ k0, low1, high0 ^ c3 ^ k1, low0
+        k0, k1 = (k0 + 0x9E3779B9) & _WORD, (k1 + 0xBB67AE85) & _WORD
+    return [c0, c1, c2, c3]
+
+
+def sample_masks(
+    sample_ids: Tensor, seed: int, epoch: int, num_patches: int
+) -> tuple[Tensor, Tensor]:
+    draws = -(-num_patches // 4)  # four words a draw
+    ids = sample_ids[:, None].expand(-1, draws)
+    block = torch.arange(draws, device=sample_ids.device).expand_as(ids)
+    words = philox(
+        [block, torch.full_like(ids, epoch & _WORD), ids & _WORD, (ids >> 32) & _WORD],
+        (seed & _WORD, (seed >> 32) & _WORD),
+    )
+    noise = torch.stack(words, dim=-1).flatten(1)[:, :num_patches]
+    ids_shuffle = noise.argsort(dim=1, stable=True)  # equal words: the lower position first
+    return ids_shuffle, inverse_permutation(ids_shuffle)
+
+
+def inverse_permutation(ids: Tensor) -> Tensor:
+    places = torch.arange(ids.shape[1], device=ids.device).expand_as(ids)
+    return torch.empty_like(ids).scatter_(1, ids, places)
+
+
+def gather_tokens(x: Tensor, ids: Tensor) -> Tensor:
+    return torch.gather(x, 1, ids.unsqueeze(-1).expand(-1, -1, x.shape[-1]))
+
+
+def scatter_tokens(x: Tensor, ids: Tensor, num_tokens: int) -> Tensor:
+    out = x.new_zeros(x.shape[0], num_tokens, x.shape[-1])
+    return out.scatter_(1, ids.unsqueeze(-1).expand_as(x), x)
+
+
+def _blocks(imgs: Tensor, patch_size: int) -> Tensor:
+    """(B, C, H, W) -> (B, h, w, C, p, p), a view."""
+    b, c, height, width = imgs.shape
+    p = patch_size
+    return imgs.reshape(b, c, height // p, p, width // p, p).permute(0, 2, 4, 1, 3, 5)
+
+
+def _pick(imgs: Tensor, ids: Tensor, patch_size: int) -> Tensor:
+    """The patches named by ``ids``: (B, K, C, p, p)."""
+    blocks = _blocks(imgs, patch_size)
+    image = torch.arange(ids.shape[0], device=ids.device)[:, None]
+    row = torch.div(ids, blocks.shape[2], rounding_mode="floor")
+    return blocks[image, row, ids - row * blocks.shape[2]]
+
+
+def _normalize_pixels(pixels: Tensor, scale: Tensor | None, shift: Tensor | None) -> Tensor:
+    """Channel-wise affine of (..., C, p, p), in float32 (float64 for float64 pixels)."""
+    if pixels.dtype != torch.float64:
+        pixels = pixels.float()
+    if scale is not None:
+        pixels = pixels * scale.to(pixels.dtype)[:, None, None]
+    if shift is not None:
+        pixels = pixels + shift.to(pixels.dtype)[:, None, None]
+    return pixels
+
+
+def gather_patches(
+    imgs: Tensor,
+    ids: Tensor,
+    patch_size: int,
+    scale: Tensor | None,
+    shift: Tensor | None,
+    dtype: torch.dtype,
+) -> Tensor:
+    pixels = _normalize_pixels(_pick(imgs, ids, patch_size), scale, shift)
+    return pixels.flatten(2).to(dtype)
+
+
+def restore_tokens(x: Tensor, mask_token: Tensor, ids_restore: Tensor, pos_embed: Tensor) -> Tensor:
+    b, n = ids_restore.shape
+    cls_token, visible = x[:, :1], x[:, 1:]
+    hidden = mask_token.to(x.dtype).expand(b, n - visible.shape[1], -1)
+    tokens = gather_tokens(torch.cat([visible, hidden], dim=1), ids_restore)
+    return torch.cat([cls_token, tokens], dim=1) + pos_embed
+
+
+def restore_tokens_backward(
+    grad: Tensor, ids_shuffle: Tensor, num_visible: int
+) -> tuple[Tensor, Tensor]:
+    tokens = gather_tokens(grad[:, 1:], ids_shuffle)
+    grad_x = torch.cat([grad[:, :1], tokens[:, :num_visible]], dim=1)
+    return grad_x, tokens[:, num_visible:].sum(dim=(0, 1)).reshape(1, 1, -1)
+
+
+def _scores(qkv: Tensor, scale: float) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """q, k, v (B, H, N, D) and scale * q k^T, in float32 at least."""
+    if qkv.dtype != torch.float64:
+        qkv = qkv.float()
+    q, k, v = qkv.permute(2, 0, 3, 1, 4)
+    return q, k, v, (q * scale) @ k.transpose(-1, -2)
+
+
+def attention(qkv: Tensor, scale: float) -> tuple[Tensor, Tensor]:
+    _, _, v, scores = _scores(qkv, scale)
+    lse = scores.logsumexp(dim=-1)
+    out = (scores - lse[..., None]).exp() @ v
+    return out.transpose(1, 2).to(qkv.dtype).contiguous(), lse
+
+
+def attention_backward(grad: Tensor, qkv: Tensor, out: Tensor, lse: Tensor, scale: float) -> Tensor:
+    q, k, v, scores = _scores(qkv, scale)
+    probabilities = (scores - lse[..., None]).exp()
+    grad_out = grad.to(q.dtype).transpose(1, 2)
+    grad_v = probabilities.transpose(-1, -2) @ grad_out
+    delta = (grad_out * out.to(q.dtype).transpose(1, 2)).sum(dim=-1, keepdim=True)
+    grad_scores = probabilities * (grad_out @ v.transpose(-1, -2) - delta) * scale
+    grads = grad_scores @ k, grad_scores.transpose(-1, -2) @ q, grad_v
+    return torch.stack([g.transpose(1, 2) for g in grads], dim=2).to(qkv.dtype)
+
+
+def patch_target(
+    imgs: Tensor,
+    ids: Tensor,
+    patch_size: int,
+    norm_pix: bool,
+    scale: Tensor | None,
+    shift: Tensor | None,
+) -> Tensor:
+    """Pixels of the patches ``ids``, channel fastest, per-patch normalised if ``norm_pix``."""
+    pixels = _normalize_pixels(_pick(imgs, ids, patch_size), scale, shift)
+    target = pixels.permute(0, 1, 3, 4, 2).flatten(2)
+    if norm_pix and target.numel():  # var_mean warns about empty tensors
+        variance, mean = torch.var_mean(target, dim=-1, keepdim=True)  # unbiased
+        target = (target - mean) / (variance + 1e-6).sqrt()
+    return target
+
+
+def patch_loss(
+    pred: Tensor,
+    imgs: Tensor,
+    ids: Tensor,
+    patch_size: int,
+    norm_pix: bool,
+    teacher_pred: Tensor | None,
+    gamma: float,
+    scale: Tensor | None,
+    shift: Tensor | None,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    target = patch_target(imgs, ids, patch_size, norm_pix, scale, shift)
+    wide = torch.promote_types(target.dtype, pred.dtype)
+    error = pred.to(wide) - target
+    count = max(pred.numel(), 1)
+    pixel = error.square().sum() / count
+    consistency = torch.zeros_like(pixel)
+    if teacher_pred is not None:
+        distance = pred.to(wide) - teacher_pred
+        consistency = distance.square().sum() / count
+        error = error + gamma * distance
+    return pixel + gamma * consistency, pixel, consistency, (error * (2 / count)).to(pred.dtype)
+
+
+def ema_update_(teachers: list[Tensor], students: list[Tensor], momentum: Tensor) -> None:
+    weight = 1.0 - float(momentum)
+    for teacher, student in zip(teachers, students, strict=True):
+        teacher.lerp_(student.to(teacher.dtype), weight)
+
+
+def adamw_ema_(
+    params: list[Tensor],
+    grads: list[Tensor],
+    exp_avgs: list[Tensor],
+    exp_avg_sqs: list[Tensor],
+    teachers: list[Tensor],
+    step: Tensor,
+    lr: Tensor,
+    momentum: Tensor,
+    grad_scale: Tensor,
+    skip: Tensor,
+    weight_decay: Tensor,
+    beta1: float,
+    beta2: float,
+    eps: float,
+) -> None:
+    if bool(skip):
+        return
+    step += 1
+    rate, factor, count = float(lr), float(grad_scale), int(step)
+    correction1, correction2 = 1 - beta1**count, 1 - beta2**count
+    for i, (p, grad, m, v) in enumerate(zip(params, grads, exp_avgs, exp_avg_sqs, strict=True)):
+        g = grad.to(p.dtype) * factor
+        p.mul_(1 - rate * float(weight_decay[i]))
+        m.lerp_(g, 1 - beta1)
+        v.mul_(beta2).addcmul_(g, g, value=1 - beta2)
+        p.addcdiv_(m, v.sqrt().div_(math.sqrt(correction2)).add_(eps), value=-rate / correction1)
+        if teachers:
+            teachers[i].lerp_(p.to(teachers[i].dtype), 1.0 - float(momentum))
