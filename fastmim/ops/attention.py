@@ -34,7 +34,8 @@ def attention(qkv: Tensor, scale: float | None = None) -> Tensor:
 
 
 def _flash_attention_cpu(qkv: Tensor, scale: float) -> tuple[Tensor, Tensor]:
-    q, k, v = qkv.permute(2, 0, 3, 1, 4)
+    # PyTorch's kernel takes a last stride of 1 for granted; a copy only for unusual inputs.
+    q, k, v = qkv.contiguous().permute(2, 0, 3, 1, 4)
     out, lse = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(q, k, v, scale=scale)
     return out.transpose(1, 2).contiguous(), lse.contiguous()
 
@@ -42,6 +43,7 @@ def _flash_attention_cpu(qkv: Tensor, scale: float) -> tuple[Tensor, Tensor]:
 def _flash_attention_cpu_backward(
     grad: Tensor, qkv: Tensor, out: Tensor, lse: Tensor, scale: float
 ) -> Tensor:
+    grad, qkv, out, lse = (t.contiguous() for t in (grad, qkv, out, lse))
     q, k, v = qkv.permute(2, 0, 3, 1, 4)
     grads = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward(
         grad.transpose(1, 2), q, k, v, out.transpose(1, 2), lse, 0.0, False, scale=scale

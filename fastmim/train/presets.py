@@ -1,0 +1,115 @@
+"""Named recipes, each with its source."""
+
+from dataclasses import dataclass, field
+
+
+@dataclass(frozen=True)
+class Preset:
+    """A recipe to start from.
+
+    Args:
+        source: Where the numbers come from.
+        method: Method it was made for.
+        recipe: Fields of :class:`fastmim.train.config.Recipe`.
+        efficiency: Fields of :class:`fastmim.train.config.Efficiency`.
+        evaluation: Fields of :class:`fastmim.train.config.Evaluation`.
+    """
+
+    source: str
+    method: str
+    recipe: dict
+    efficiency: dict = field(default_factory=dict)
+    evaluation: dict = field(default_factory=dict)
+
+
+_MAE = dict(
+    batch_size=4096,
+    epochs=800,
+    warmup_epochs=40,
+    base_lr=1.5e-4,
+    weight_decay=0.05,
+    norm_pix=True,
+    mask_ratio=0.75,
+)
+_MAE_SOURCE = "MAE's released pre-training recipe (arXiv:2111.06377, table 8): 64 GPUs x 64 images"
+_RC_MAE = {**_MAE, "epochs": 1600, "gamma": 1.0, "momentum": 0.996}
+_RC_SOURCE = "RC-MAE's released pre-training scripts (arXiv:2210.02077): 8 GPUs"
+
+
+def _mae(size: str, epochs: int) -> Preset:
+    note = "" if epochs == 800 else "; the length of the paper's checkpoints"
+    return Preset(_MAE_SOURCE + note, "mae", {**_MAE, "model": f"mae_vit_{size}", "epochs": epochs})
+
+
+def _rc_mae(size: str, micro_batch: int, accumulation: int, **changes) -> Preset:
+    return Preset(
+        f"{_RC_SOURCE} x {micro_batch} images x {accumulation} accumulated",
+        "rc_mae",
+        {**_RC_MAE, "model": f"rc_vit_{size}", **changes},
+    )
+
+
+PRESETS: dict[str, Preset] = {
+    "digits": Preset(
+        "ours: the embedded data set in about a minute on two CPU cores",
+        "rc_mae",
+        dict(
+            model="rc_vit_micro_patch4",
+            batch_size=128,
+            epochs=40,
+            warmup_epochs=4,
+            base_lr=1e-3,
+            crop_scale=(0.6, 1.0),
+            hflip=0.0,
+            momentum=0.99,
+        ),
+    ),
+    "small32": Preset(
+        "ours: 32-pixel photographs such as CIFAR-10 in minutes on two CPU cores",
+        "rc_mae",
+        dict(
+            model="rc_vit_micro_patch4",
+            batch_size=256,
+            epochs=10,
+            warmup_epochs=1,
+            base_lr=1e-3,
+            crop_scale=(0.4, 1.0),
+            momentum=0.99,
+        ),
+    ),
+    "tiny224": Preset(
+        "ours: ViT-Ti/16 at 224 pixels, for folders of a few thousand photographs",
+        "rc_mae",
+        dict(
+            model="rc_vit_tiny_patch16",
+            batch_size=64,
+            epochs=100,
+            warmup_epochs=10,
+            base_lr=1e-3,
+        ),
+        efficiency=dict(workers=2),
+        evaluation=dict(crop_ratio=0.875),
+    ),
+    "mae_base_800": _mae("base_patch16", 800),
+    "mae_base_1600": _mae("base_patch16", 1600),
+    "mae_large_800": _mae("large_patch16", 800),
+    "mae_large_1600": _mae("large_patch16", 1600),
+    "mae_huge_800": _mae("huge_patch14", 800),
+    "mae_huge_1600": _mae("huge_patch14", 1600),
+    "mae_script_defaults": Preset(
+        "the defaults of MAE's released pre-training script, which no published run used",
+        "mae",
+        {
+            **_MAE,
+            "model": "mae_vit_large_patch16",
+            "batch_size": 64,
+            "epochs": 400,
+            "base_lr": 1e-3,
+            "norm_pix": False,
+        },
+    ),
+    "rc_mae_small_1600": _rc_mae("small_patch16", 512, 1),
+    "rc_mae_base_800": _rc_mae("base_patch16", 256, 2, epochs=800),
+    "rc_mae_base_1600": _rc_mae("base_patch16", 256, 2),
+    "rc_mae_large_1600": _rc_mae("large_patch16", 256, 2),
+}

@@ -1,0 +1,33 @@
+"""The device under test, fixed seeds, and the authors' recorded vectors."""
+
+import os
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+# Without a GPU the Triton kernels run in the interpreter.
+# The variable must be set before triton is first imported.
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+if DEVICE == "cpu":
+    os.environ["TRITON_INTERPRET"] = "1"
+# The tensors are tiny: on a busy machine threads waiting for each other cost ten times the work.
+torch.set_num_threads(1)
+
+
+@pytest.fixture
+def device() -> str:
+    return DEVICE
+
+
+@pytest.fixture(autouse=True)
+def seed() -> None:
+    torch.manual_seed(0)
+
+
+@pytest.fixture(scope="session")
+def golden_file():
+    """Loads a file of ``tests/golden``: name to its tensors."""
+    folder = Path(__file__).parent / "golden"
+    return lambda name: load_file(folder / f"{name}.safetensors")

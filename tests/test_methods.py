@@ -1,0 +1,184 @@
+"""MAE and RC-MAE as methods: what they compute, where gradients flow, what they refuse."""
+
+import copy
+
+import pytest
+import torch
+
+from fastmim import MAE, METHODS, RCMAE, create_model
+from fastmim.methods import cosine_momentum
+from fastmim.ops import num_keep
+from tests import accuracy
+
+
+def micro(**kwargs):
+    return create_model("mae_vit_micro_patch4", embed_dim=64, depth=2, norm_pix_loss=True, **kwargs)
+
+
+@pytest.fixture
+def imgs():
+    return torch.randn(2, 3, 32, 32)
+
+
+def perturbed(method: RCMAE) -> RCMAE:
+    with torch.no_grad():
+        for p in method.teacher.parameters():
+            p.add_(0.05 * torch.randn_like(p))
+    return method
+
+
+def test_mae_loss_is_that_of_its_model(imgs):
+    method = MAE(micro())
+    masks = method.student.random_masks(2, 0.75, imgs.device)
+    losses = method(imgs, masks)
+    accuracy.exact(losses.total, method.student(imgs, masks).loss)
+    assert list(losses.terms) == ["pixel"]
+    assert not losses.terms["pixel"].requires_grad
+    assert method.teacher is None
+    with pytest.raises(ValueError, match="MAE has no teacher"):
+        method.teacher_momentum(0.5)
+
+
+@pytest.mark.parametrize("name", METHODS)
+def test_masks_are_drawn_with_the_ratio_of_the_method(name, imgs, monkeypatch):
+    method = METHODS[name](micro(), mask_ratio=0.5)
+    seen = []
+    predict = method.student.predict
+    monkeypatch.setattr(
+        method.student, "predict", lambda imgs, masks: seen.append(masks) or predict(imgs, masks)
+    )
+    torch.manual_seed(1)
+    first = method(imgs).total
+    torch.manual_seed(1)
+    accuracy.exact(method(imgs).total, first)
+    assert seen[0].num_keep == num_keep(64, 0.5) == 32
+
+
+@pytest.mark.parametrize("name", METHODS)
+@pytest.mark.parametrize("ratio", [0.0, 1.0, 0.999, float("nan")])
+def test_ratio_without_visible_or_masked_patches_is_refused_at_construction(name, ratio):
+    with pytest.raises(ValueError, match="mask_ratio"):
+        METHODS[name](micro(), mask_ratio=ratio)
+
+
+@pytest.mark.parametrize("momentum", [-0.1, 1.1, float("nan")])
+def test_momentum_outside_the_unit_interval_is_refused(momentum):
+    with pytest.raises(ValueError, match=r"RCMAE: expected momentum in \[0, 1\], got"):
+        RCMAE(micro(), momentum=momentum)
+
+
+def test_rc_mae_total_is_the_weighted_sum_of_its_terms(imgs):
+    method = perturbed(RCMAE(micro(), gamma=0.3))
+    masks = method.student.random_masks(2, 0.75, imgs.device)
+    losses = method(imgs, masks)
+    pixel, consistency = losses.terms["pixel"], losses.terms["consistency"]
+    accuracy.golden(losses.total.detach(), pixel + 0.3 * consistency)
+    student, teacher = (
+        m.predict(imgs, masks).detach() for m in (method.student, method.teacher.module)
+    )
+    accuracy.golden(consistency, (student - teacher).square().mean())
+    accuracy.exact(pixel, method.student(imgs, masks).loss.detach())
+
+
+def test_copied_teacher_agrees_with_its_student(imgs):
+    losses = RCMAE(micro())(imgs)
+    assert losses.terms["consistency"] == 0
+    accuracy.exact(losses.total.detach(), losses.terms["pixel"])
+
+
+def test_gradient_flows_through_the_student_only(imgs):
+    method = perturbed(RCMAE(micro())).train()
+    method(imgs).total.backward()
+    assert all(p.grad is not None for p in method.student.parameters() if p.requires_grad)
+    assert all(p.grad is None for p in method.teacher.parameters())
+    assert not method.teacher.module.training
+
+
+def test_update_teacher_follows_the_student(imgs):
+    method = RCMAE(micro(), momentum=0.9)
+    before = copy.deepcopy(method.teacher.module.state_dict())
+    with torch.no_grad():
+        method.student.decoder_pred.weight.add_(1.0)
+    method.update_teacher()
+    moved = method.teacher.module.decoder_pred.weight - before["decoder_pred.weight"]
+    accuracy.run([moved.mean().item()], [0.1], torch.float32)
+    method.update_teacher(momentum=0.0)
+    accuracy.golden(
+        method.teacher.module.decoder_pred.weight, method.student.decoder_pred.weight.detach()
+    )
+
+
+def test_momentum_rises_to_one_along_a_cosine():
+    method = RCMAE(micro(), momentum=0.996)
+    values = [method.teacher_momentum(i / 100) for i in range(101)]
+    accuracy.run([values[0], values[50], values[100]], [0.996, 0.998, 1.0], torch.float32)
+    assert values == sorted(values)
+    assert cosine_momentum(0.5, 1.0) == 1.0
+
+
+@pytest.mark.parametrize("name", METHODS)
+def test_compiled_method_equals_eager(name, imgs):
+    torch.compiler.reset()
+    eager = METHODS[name](micro())
+    if name == "rc_mae":
+        perturbed(eager)
+    compiled = copy.deepcopy(eager)
+    call = torch.compile(compiled, fullgraph=True, backend="aot_eager")
+    masks = eager.student.random_masks(2, 0.75, imgs.device)
+    losses, expected = call(imgs, masks), eager(imgs, masks)
+    accuracy.golden(losses.total.detach(), expected.total.detach())
+    for term, value in expected.terms.items():
+        accuracy.golden(losses.terms[term], value)
+    losses.total.backward()
+    expected.total.backward()
+    for p, q in zip(compiled.parameters(), eager.parameters(), strict=True):
+        assert (p.grad is None) == (q.grad is None)
+        if q.grad is not None:
+            accuracy.golden(p.grad, q.grad)
+
+
+@pytest.mark.parametrize("name", METHODS)
+def test_autocast_stays_near_float32(name, imgs):
+    method = METHODS[name](micro())
+    masks = method.student.random_masks(2, 0.75, imgs.device)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        losses = method(imgs, masks)
+    losses.total.backward()
+    assert losses.total.dtype == torch.float32
+    accuracy.run([losses.total.item()], [method(imgs, masks).total.item()], torch.bfloat16)
+
+
+def saved_bytes(forward) -> int:
+    """Bytes of distinct storages that autograd keeps for the backward pass, parameters too."""
+    storages = {}
+
+    def keep(tensor):
+        storage = tensor.untyped_storage()
+        storages[storage.data_ptr()] = storage.nbytes()
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+        loss = forward()  # kept alive, so that no address is used twice
+    assert loss.requires_grad
+    return sum(storages.values())
+
+
+def test_loss_keeps_less_for_backward_than_plain_pytorch():
+    model = micro()
+    imgs = torch.randn(16, 3, 32, 32)
+    masks = model.random_masks(16, 0.75, imgs.device)
+    every = model.predict(imgs, masks, full=True).detach().requires_grad_()
+    target = torch.randn_like(every)
+    teacher = torch.randn_like(every)
+
+    def plain():
+        weight = masks.mask.float()
+        pixel = ((every - target) ** 2).mean(dim=-1)
+        consistency = ((every - teacher) ** 2).mean(dim=-1)
+        return ((pixel + consistency) * weight).sum() / weight.sum()
+
+    pred = every[:, : 64 - masks.num_keep].detach().requires_grad_()
+    ours = saved_bytes(
+        lambda: model.loss(pred, imgs, masks, teacher_pred=torch.randn_like(pred)).total
+    )
+    assert ours < saved_bytes(plain)
