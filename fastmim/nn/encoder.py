@@ -85,7 +85,7 @@ class Encoder(nn.Module):
     @property
     def patch_size(self) -> int:
         """Side of a patch in pixels."""
-        return self.patch_embed.patch_size
+        return self.patch_embed.patch_size[0]
 
     def initialize_weights(self) -> None:
         """MAE's initialisation; the bias of the patch embedding keeps the convolution's default."""

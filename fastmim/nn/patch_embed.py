@@ -50,7 +50,7 @@ class PatchEmbed(nn.Module):
                 f"PatchEmbed: expected an image size divisible by the patch size, got "
                 f"{height} x {width} pixels and patches of {patch_size}; for example {fits} fits"
             )
-        self.patch_size = patch_size
+        self.patch_size = (patch_size, patch_size)  # a pair, as in timm
         self.in_chans = in_chans
         self.grid_size = (height // patch_size, width // patch_size)
         self.num_patches = self.grid_size[0] * self.grid_size[1]
@@ -120,6 +120,6 @@ class PatchEmbed(nn.Module):
         """
         weight = self.proj.weight
         rows = gather_patches(
-            imgs, ids, self.patch_size, dtype=weight.dtype, **self.pixel_normalization(imgs)
+            imgs, ids, self.patch_size[0], dtype=weight.dtype, **self.pixel_normalization(imgs)
         )
         return F.linear(rows, weight.flatten(1), self.proj.bias)

@@ -109,6 +109,8 @@ class Op:
         make: Builds the arguments for one entry of ``shapes``.
         setup_context: Saves what ``backward`` needs. Omit both for an op without gradient.
         backward: Gradient formula, written with operators of this library.
+        twice_differentiable: Whether ``backward`` is itself right when differentiated; otherwise
+            ``create_graph=True`` is refused.
     """
 
     def __init__(
@@ -121,6 +123,7 @@ class Op:
         make: Callable[..., tuple],
         setup_context: Callable | None = None,
         backward: Callable | None = None,
+        twice_differentiable: bool = False,
     ) -> None:
         self.name = schema.partition("(")[0]
         self.shapes = shapes
@@ -139,10 +142,26 @@ class Op:
         torch.library.register_fake(f"fastmim::{self.name}", fake, lib=_library)
         if backward is not None:
             torch.library.register_autograd(
-                f"fastmim::{self.name}", backward, setup_context=setup_context, lib=_library
+                f"fastmim::{self.name}",
+                backward if twice_differentiable else self._once(backward),
+                setup_context=setup_context,
+                lib=_library,
             )
         self.overload = getattr(torch.ops.fastmim, self.name).default
         OPS[self.name] = self
+
+    def _once(self, backward: Callable) -> Callable:
+        """``backward``, refusing ``create_graph=True``: it would leave out second-order terms."""
+
+        def guarded(ctx, *grads):
+            if torch.is_grad_enabled():
+                raise RuntimeError(
+                    f"fastmim.{self.name} has no second derivative: its backward pass was asked "
+                    "for a graph (create_graph=True)"
+                )
+            return backward(ctx, *grads)
+
+        return guarded
 
     def __call__(self, *args: Any) -> Any:
         return self.overload(*args)

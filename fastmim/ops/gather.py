@@ -115,6 +115,7 @@ _gather = Op(
     ),
     setup_context=_save_for_gather,
     backward=_gather_backward,
+    twice_differentiable=True,
 )
 _scatter = Op(
     "scatter_tokens(Tensor x, Tensor ids, SymInt num_tokens) -> Tensor",
@@ -131,4 +132,5 @@ _scatter = Op(
     ),
     setup_context=_save_for_scatter,
     backward=_scatter_backward,
+    twice_differentiable=True,
 )
