@@ -23,6 +23,7 @@ _DECODERS = {
 }
 _BODIES = {
     "vit_micro_patch4": dict(img_size=32, patch_size=4),
+    "vit_micro_patch8": dict(img_size=32, patch_size=8),
     "vit_tiny_patch16": dict(patch_size=16),
     "vit_small_patch16": dict(patch_size=16),
     "vit_base_patch16": dict(patch_size=16),
@@ -81,7 +82,7 @@ def create_model(name: str, **kwargs) -> MaskedAutoencoder:
 
     Args:
         name: ``mae_vit_{tiny,small,base,large}_patch16``, ``mae_vit_huge_patch14`` or ``_patch16``,
-            ``mae_vit_micro_patch4`` (32-pixel images); the decoder may be named by a suffix
+            ``mae_vit_micro_patch4`` or ``_patch8`` (32-pixel images); the decoder may be named by a suffix
             (``_dec512d8b``, ``_dec256d4b``, ``_dec128d2b``, ``_dec64d2b``). With the prefix
             ``rc_`` the default decoders are those of RC-MAE (ViT-S: 256 wide, 4 deep).
         **kwargs: Arguments of :class:`fastmim.nn.MaskedAutoencoder`, which win over the table:
