@@ -82,9 +82,9 @@ def create_model(name: str, **kwargs) -> MaskedAutoencoder:
 
     Args:
         name: ``mae_vit_{tiny,small,base,large}_patch16``, ``mae_vit_huge_patch14`` or ``_patch16``,
-            ``mae_vit_micro_patch4`` or ``_patch8`` (32-pixel images); the decoder may be named by a suffix
-            (``_dec512d8b``, ``_dec256d4b``, ``_dec128d2b``, ``_dec64d2b``). With the prefix
-            ``rc_`` the default decoders are those of RC-MAE (ViT-S: 256 wide, 4 deep).
+            ``mae_vit_micro_patch4`` or ``_patch8`` (32-pixel images); the decoder may be named by
+            a suffix (``_dec512d8b``, ``_dec256d4b``, ``_dec128d2b``, ``_dec64d2b``). With the
+            prefix ``rc_`` the default decoders are those of RC-MAE (ViT-S: 256 wide, 4 deep).
         **kwargs: Arguments of :class:`fastmim.nn.MaskedAutoencoder`, which win over the table:
             ``img_size`` (a number or (H, W)), ``in_chans``, ``norm_pix_loss``, ...
 

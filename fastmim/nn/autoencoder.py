@@ -46,7 +46,7 @@ class MaskedAutoencoder(Encoder):
 
     Args:
         decoder_embed_dim: Width of the decoder.
-        decoder_depth: Blocks of the decoder.
+        decoder_depth: Blocks of the decoder, at least 1.
         decoder_num_heads: Heads of each block of the decoder.
         norm_pix_loss: Normalise the pixels of each target patch.
         mlp_ratio: Hidden width of the MLPs divided by the width, in encoder and decoder.
@@ -65,6 +65,10 @@ class MaskedAutoencoder(Encoder):
         norm_layer: Callable[[int], nn.Module] = LAYER_NORM,
         **encoder,
     ) -> None:
+        if decoder_depth < 1:
+            raise ValueError(
+                f"MaskedAutoencoder: expected decoder_depth of at least 1, got {decoder_depth}"
+            )
         super().__init__(mlp_ratio=mlp_ratio, norm_layer=norm_layer, **encoder)
         self.norm_pix_loss = norm_pix_loss
         self.mask_token = nn.Parameter(torch.zeros(1, 1, decoder_embed_dim))
@@ -106,11 +110,11 @@ class MaskedAutoencoder(Encoder):
         """
         x = self.decoder_embed(latent)
         x = restore_tokens(x, self.mask_token, masks, self.decoder_pos_embed)
-        for block in self.decoder_blocks:
+        *blocks, last = self.decoder_blocks
+        for block in blocks:
             x = block(x)
-        x = x[:, 1:]
-        if not full:
-            x = gather_tokens(x, masks.ids_masked)
+        # Only masked tokens are predicted, so only these need the last block's MLP.
+        x = last(x)[:, 1:] if full else last(x, masks.ids_masked + 1)
         return self.decoder_pred(self.decoder_norm(x))
 
     def predict(self, imgs: Tensor, masks: Masks, *, full: bool = False) -> Tensor:

@@ -4,7 +4,7 @@ from collections.abc import Callable
 
 from torch import Tensor, nn
 
-from fastmim.ops import attention
+from fastmim.ops import attention, gather_tokens
 
 
 class Attention(nn.Module):
@@ -28,9 +28,13 @@ class Attention(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """(B, N, D) to (B, N, D)."""
+        return self.proj(self.mix(x))
+
+    def mix(self, x: Tensor) -> Tensor:
+        """Attention without the output projection: (B, N, D) to (B, N, D)."""
         b, n, d = x.shape
         qkv = self.qkv(x).view(b, n, 3, self.num_heads, d // self.num_heads)
-        return self.proj(attention(qkv).view(b, n, d))
+        return attention(qkv).view(b, n, d)
 
 
 class Mlp(nn.Module):
@@ -71,7 +75,19 @@ class Block(nn.Module):
         self.norm2 = norm_layer(dim)
         self.mlp = Mlp(dim, int(dim * mlp_ratio))
 
-    def forward(self, x: Tensor) -> Tensor:
-        """(B, N, D) to (B, N, D)."""
-        x = x + self.attn(self.norm1(x))
+    def forward(self, x: Tensor, ids: Tensor | None = None) -> Tensor:
+        """Transform tokens, each of which attends to all.
+
+        Args:
+            x: (B, N, D).
+            ids: (B, K), int64: the tokens wanted. What follows the attention is then computed for
+                these alone. Default: all.
+
+        Returns:
+            (B, K, D) in the order of ``ids``, or (B, N, D).
+        """
+        mixed = self.attn.mix(self.norm1(x))
+        if ids is not None:
+            x, mixed = gather_tokens(x, ids), gather_tokens(mixed, ids)
+        x = x + self.attn.proj(mixed)
         return x + self.mlp(self.norm2(x))

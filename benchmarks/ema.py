@@ -1,0 +1,174 @@
+"""Suite ``ema``: optimizer and teacher updates, against PyTorch's own and a plain copy."""
+
+import functools
+from collections.abc import Callable, Iterator
+
+import torch
+from measure import interleave, speedup
+from torch import Tensor
+
+from fastmim import create_model
+from fastmim.ops import OPS, adamw_ema_, ema_update_, use_backend
+
+# Shape to the model whose parameters are updated; the first is in cache, the others are not.
+SHAPES = {
+    "tiny32": "mae_vit_micro_patch4",
+    "rc_small": "rc_vit_small_patch16",
+    "small224": "mae_vit_small_patch16_dec512d8b",
+    "base": "mae_vit_base_patch16",
+}
+_CONSTANTS = dict(lr=1e-3, betas=(0.9, 0.95), eps=1e-8, weight_decay=0.05)
+_MOMENTUM = 0.996
+_COPIED = 2**26  # float32 values of the copy that shows the bandwidth: 256 MiB, beyond any cache
+_TOLERANCE = 1e-6  # relative error of each list of tensors (Euclidean norm), float32
+# Bytes per parameter, each value read or written once: AdamW reads p, g, m, v and writes p, m, v;
+# the EMA reads p, t and writes t. In one pass p is not read again.
+_BYTES = {
+    ("adamw_ema_", "torch"): 28 + 12,
+    ("adamw_ema_", "fastmim"): 36,
+    ("ema_update_", "torch"): 12,
+    ("ema_update_", "fastmim"): 12,
+}
+
+
+class State:
+    """Parameters, gradients and teachers of a model, and both ways to update them."""
+
+    def __init__(self, sizes: list[torch.Size], device: torch.device) -> None:
+        def make(seed: int) -> list[Tensor]:
+            generator = torch.Generator(device).manual_seed(seed)
+            return [torch.randn(s, generator=generator, device=device) for s in sizes]
+
+        self.params, self.grads, self.teachers = make(0), make(1), make(2)
+        self.exp_avgs = [torch.zeros_like(p) for p in self.params]
+        self.exp_avg_sqs = [torch.zeros_like(p) for p in self.params]
+        self._step = torch.zeros((), dtype=torch.int64, device=device)
+        self._weight_decay = torch.full(
+            (len(sizes),), _CONSTANTS["weight_decay"], dtype=torch.float64, device=device
+        )
+        for param, grad in zip(self.params, self.grads, strict=True):
+            param.grad = grad
+        self._optimizer = torch.optim.AdamW(self.params, fused=True, **_CONSTANTS)
+        for p, m, v in zip(self.params, self.exp_avgs, self.exp_avg_sqs, strict=True):
+            # The moments are shared: every program updates the same memory.
+            step = torch.zeros((), device=device)
+            self._optimizer.state[p] = dict(step=step, exp_avg=m, exp_avg_sq=v)
+
+    @torch.no_grad()
+    def torch_adamw_ema(self) -> None:
+        self._optimizer.step()
+        torch._foreach_lerp_(self.teachers, self.params, 1 - _MOMENTUM)
+
+    @torch.no_grad()
+    def torch_ema(self) -> None:
+        torch._foreach_lerp_(self.teachers, self.params, 1 - _MOMENTUM)
+
+    def adamw_ema(self, backend: str) -> None:
+        with use_backend(backend):
+            adamw_ema_(
+                self.params,
+                self.grads,
+                self.exp_avgs,
+                self.exp_avg_sqs,
+                self.teachers,
+                step=self._step,
+                lr=_CONSTANTS["lr"],
+                momentum=_MOMENTUM,
+                grad_scale=1.0,
+                skip=False,
+                weight_decay=self._weight_decay,
+                beta1=_CONSTANTS["betas"][0],
+                beta2=_CONSTANTS["betas"][1],
+                eps=_CONSTANTS["eps"],
+            )
+
+    def ema(self, backend: str) -> None:
+        with use_backend(backend):
+            ema_update_(self.teachers, self.params, _MOMENTUM)
+
+    def programs(self) -> dict[tuple[str, str], Callable[[], None]]:
+        """Operator and provider to its call."""
+        calls = {
+            ("adamw_ema_", "torch"): self.torch_adamw_ema,
+            ("ema_update_", "torch"): self.torch_ema,
+        }
+        device = self.params[0].device
+        for name, call in (("adamw_ema_", self.adamw_ema), ("ema_update_", self.ema)):
+            for backend in OPS[name].backends:
+                if OPS[name].unavailable(backend, device) is None:
+                    calls[name, backend] = functools.partial(call, backend)
+        return calls
+
+
+def run(
+    *,
+    shapes: list[str],
+    device: torch.device,
+    rounds: int,
+    block_seconds: float,
+    smoke: bool,
+    say: Callable[[str], None],
+) -> Iterator[dict]:
+    """A row for every shape, operator and backend, and one for the copy."""
+    for shape in shapes:
+        with torch.device("meta"):
+            model = create_model(SHAPES[shape])
+        sizes = [p.shape for p in model.parameters() if p.requires_grad]
+        count = sum(size.numel() for size in sizes)
+        say(f"ema {shape}: correctness")
+        errors = _errors(sizes, device)
+        programs = State(sizes, device).programs()
+        source = torch.ones(_COPIED // 16 if smoke else _COPIED, device=device)
+        target = torch.zeros_like(source)
+        programs["copy", "torch"] = lambda s=source, t=target: t.copy_(s)
+        say(f"ema {shape}: timing, {rounds} rounds of {len(programs)} programs")
+        timings = interleave(programs, rounds=rounds, block_seconds=block_seconds, device=device)
+        bandwidth = 2 * source.nbytes / timings["copy", "torch"].row()["y_value_50"]
+        for (name, provider), timing in timings.items():
+            measured = timing.row()
+            moved = 2 * source.nbytes
+            if name != "copy":
+                moved = count * _BYTES[name, "torch" if provider == "torch" else "fastmim"]
+            yield dict(
+                suite="ema",
+                kernel_name=name,
+                kernel_provider=provider,
+                kernel_operation_mode="full",
+                shape=shape,
+                model=SHAPES[shape],
+                dtype="fp32",
+                x_name="parameters",
+                x_value=source.numel() if name == "copy" else count,
+                **measured,
+                bytes=moved,
+                gb_per_second=moved / measured["y_value_50"] / 1e6,
+                percent_of_copy=100 * moved / measured["y_value_50"] / bandwidth,
+                vs_peer=speedup(timing, timings[name, "torch"]),
+                error=errors.get((name, provider), 0.0),
+                match=errors.get((name, provider), 0.0) <= _TOLERANCE,
+            )
+
+
+def _errors(sizes: list[torch.Size], device: torch.device) -> dict[tuple[str, str], float]:
+    """Largest relative error of parameters, moments and teachers after two updates by each backend.
+
+    PyTorch's own update of the same state is the truth.
+    """
+    errors = {}
+    expected: dict[str, State] = {}
+    for name, provider in State(sizes, device).programs():  # torch comes first
+        state = State(sizes, device)
+        for _ in range(2):
+            state.programs()[name, provider]()
+        truth = expected.setdefault(name, state)
+        errors[name, provider] = max(
+            _distance(getattr(state, field), getattr(truth, field))
+            for field in ("params", "exp_avgs", "exp_avg_sqs", "teachers")
+        )
+    return errors
+
+
+def _distance(values: list[Tensor], truth: list[Tensor]) -> float:
+    difference = torch.nn.utils.get_total_norm(torch._foreach_sub(values, truth))
+    size = torch.nn.utils.get_total_norm(truth)
+    return float(difference / size) if size else float(difference)

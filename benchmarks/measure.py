@@ -1,0 +1,183 @@
+"""Interleaved timing with the quiet rule, saved-for-backward bytes, and peak memory."""
+
+import gc
+import multiprocessing
+import statistics
+import time
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+# Cores that other processes may take during a block that counts. The rule looks at load, never at
+# the result.
+QUIET_CORES = 0.1
+_TICKS_PER_SECOND = 100  # USER_HZ of /proc/stat, a constant of Linux
+_FIRST_IDLE, _LAST_IDLE, _STEAL = 3, 4, 7  # columns of /proc/stat: idle, iowait, ..., steal
+
+
+@dataclass(frozen=True)
+class Block:
+    """Calls made in one go.
+
+    Attributes:
+        seconds: Of each call.
+        others: Cores that other processes took meanwhile.
+    """
+
+    seconds: list[float]
+    others: float
+
+    @property
+    def quiet(self) -> bool:
+        return self.others <= QUIET_CORES
+
+
+@dataclass
+class Timing:
+    """The blocks of one program, one per round."""
+
+    blocks: list[Block] = field(default_factory=list)
+
+    def row(self) -> dict:
+        """Median and spread in ms. If no block was quiet all count, and ``quiet`` is false."""
+        quiet = [s for block in self.blocks if block.quiet for s in block.seconds]
+        every = [s for block in self.blocks for s in block.seconds]
+        ms = torch.tensor(quiet or every, dtype=torch.float64) * 1e3
+        p20, p50, p80 = ms.quantile(torch.tensor([0.2, 0.5, 0.8], dtype=torch.float64)).tolist()
+        return dict(
+            metric_name="ms",
+            y_value_50=p50,
+            y_value_20=p20,
+            y_value_80=p80,
+            n=len(quiet or every),
+            kept=len(quiet),
+            total=len(every),
+            quiet=bool(quiet),
+        )
+
+
+def speedup(timing: Timing, peer: Timing) -> float:
+    """How many times as fast as the peer: median over rounds, so that drift cancels.
+
+    Rounds in which both were quiet; all rounds if there is none.
+    """
+    pairs = list(zip(timing.blocks, peer.blocks, strict=True))
+    quiet = [(mine, other) for mine, other in pairs if mine.quiet and other.quiet]
+    return statistics.median(
+        statistics.median(other.seconds) / statistics.median(mine.seconds)
+        for mine, other in quiet or pairs
+    )
+
+
+def interleave(
+    programs: Mapping[str, Callable[[], object]],
+    *,
+    rounds: int,
+    block_seconds: float,
+    device: torch.device,
+    warm_up: int = 2,
+) -> dict[str, Timing]:
+    """Time programs in turns, A B C, B C A, ...: all of them meet the same noise.
+
+    Args:
+        programs: Name to a call that is timed.
+        rounds: Blocks of each program.
+        block_seconds: Least length of a block; it holds at least one call.
+        device: Synchronised after every call.
+        warm_up: Calls of each program that are not timed.
+    """
+    for program in programs.values():
+        for _ in range(warm_up):
+            program()
+    timings = {name: Timing() for name in programs}
+    order = list(programs)
+    gc.collect()
+    gc.disable()
+    try:
+        for _ in range(rounds):
+            for name in order:
+                timings[name].blocks.append(_block(programs[name], block_seconds, device))
+            order.append(order.pop(0))
+            gc.collect()
+    finally:
+        gc.enable()
+    return timings
+
+
+def _block(program: Callable[[], object], block_seconds: float, device: torch.device) -> Block:
+    synchronize(device)
+    seconds = []
+    busy, own, start = _busy_seconds(), time.process_time(), time.perf_counter()
+    before = start
+    while not seconds or before - start < block_seconds:
+        program()
+        synchronize(device)
+        now = time.perf_counter()
+        seconds.append(now - before)
+        before = now
+    others = _busy_seconds() - busy - (time.process_time() - own)
+    return Block(seconds, others / (before - start))
+
+
+def _busy_seconds() -> float:
+    """CPU seconds that all processes of the machine have used, and that its host has stolen."""
+    try:
+        first_line = Path("/proc/stat").read_text().partition("\n")[0]
+    except OSError:  # another operating system: only our own time is known, every block counts
+        return time.process_time()
+    ticks = [int(word) for word in first_line.split()[1 : _STEAL + 2]]
+    return (sum(ticks) - sum(ticks[_FIRST_IDLE : _LAST_IDLE + 1])) / _TICKS_PER_SECOND
+
+
+def synchronize(device: torch.device) -> None:
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+
+
+def saved_bytes(forward: Callable[[], Tensor], exclude: Iterable[Tensor]) -> int:
+    """Bytes that autograd keeps for the backward pass: each storage once, without ``exclude``.
+
+    Args:
+        forward: Returns the loss.
+        exclude: Parameters and inputs.
+    """
+    known = {tensor.untyped_storage().data_ptr() for tensor in exclude}
+    saved: dict[int, int] = {}
+
+    def pack(tensor: Tensor) -> Tensor:
+        storage = tensor.untyped_storage()
+        if storage.data_ptr() not in known:
+            saved[storage.data_ptr()] = storage.nbytes()
+        return tensor  # kept alive: no address is used twice
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+        loss = forward()
+    total = sum(saved.values())
+    loss.backward()
+    return total
+
+
+def peak_memory(device: torch.device) -> dict:
+    """Peak of this process so far in GiB: resident on a CPU, allocated and reserved on a GPU."""
+    if device.type == "cuda":
+        return dict(
+            peak_memory_gib=torch.cuda.max_memory_allocated(device) / 2**30,
+            peak_reserved_gib=torch.cuda.max_memory_reserved(device) / 2**30,
+        )
+    # Not ru_maxrss: a child inherits its parent's.
+    status = Path("/proc/self/status")
+    lines = status.read_text().splitlines() if status.exists() else []
+    peaks = [int(line.split()[1]) / 2**20 for line in lines if line.startswith("VmHWM:")]
+    return dict(peak_memory_gib=peaks[0] if peaks else None, peak_reserved_gib=None)
+
+
+def in_fresh_process(function: Callable[..., dict], *args) -> dict:
+    """Call an importable function where nothing else has been allocated yet."""
+    # The server has imported PyTorch and run nothing: its children start in milliseconds.
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload([function.__module__])
+    with context.Pool(1) as pool:
+        return pool.apply(function, args)

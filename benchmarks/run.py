@@ -1,0 +1,209 @@
+"""What this machine does, against whom: ``python benchmarks/run.py``. See benchmarks/README.md."""
+
+import argparse
+import datetime
+import json
+import os
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import ema
+import steps
+import torch
+
+from fastmim.info import report
+from fastmim.methods import METHODS
+from fastmim.train.engine import resolve_device
+
+# fmt: off
+# header, field of the row, format
+_TIMES = [("ms", "y_value_50", ".2f"), ("p20", "y_value_20", ".2f"), ("p80", "y_value_80", ".2f")]
+_CHECKS = [("error", "error", ".0e"), ("match", "match", ""), ("kept", "kept_of", "")]
+_COLUMNS = {
+    "step": [
+        ("shape", "shape", ""), ("method", "method", ""), ("program", "kernel_provider", ""),
+        ("dtype", "dtype", ""), ("batch", "x_value", "d"), *_TIMES,
+        ("img/s", "images_per_second", ".2f"), ("vs plain", "vs_peer", ".2f"),
+        ("vs fp32", "vs_fp32", ".2f"), ("saved MB/img", "saved_mb_per_image", ".2f"),
+        ("peak GiB", "peak_memory_gib", ".2f"), *_CHECKS,
+    ],
+    "ema": [
+        ("shape", "shape", ""), ("operator", "kernel_name", ""), ("program", "kernel_provider", ""),
+        ("values", "x_value", ",d"), *_TIMES, ("GB/s", "gb_per_second", ".1f"),
+        ("% of copy", "percent_of_copy", ".0f"), ("vs torch", "vs_peer", ".2f"), *_CHECKS,
+    ],
+}
+# fmt: on
+_SUITES = {"step": steps, "ema": ema}
+_NOTES = (
+    "vs: times as fast, median over rounds. kept: calls in blocks in which other processes took "
+    "at most 0.1 core,\nof all; with 'all', none was quiet and every call counts."
+)
+
+
+def main() -> int:
+    """Run the suites, print their tables; 1 if a program computes something else than its peer."""
+    options = _parse()
+    if options.list:
+        _print_list()
+        return 0
+    if options.smoke:  # on a busy machine, threads waiting for each other cost 50 times the work
+        torch.set_num_threads(1)
+        os.environ["OMP_NUM_THREADS"] = "1"  # of the processes that measure memory
+    device = resolve_device(options.device)
+    environment = _environment(device, options.smoke)
+    rows = []
+    out = open(options.json, "a") if options.json else None  # noqa: SIM115
+    try:
+        for row in _rows(options, device):
+            rows.append({**row, **environment})
+            if out is not None:
+                print(json.dumps(rows[-1]), file=out, flush=True)
+    finally:
+        if out is not None:
+            out.close()
+    machine = environment["gpu_name"] or environment["cpu_name"]
+    print(f"\n{machine}, {environment['threads']} threads, torch {environment['torch']}, ", end="")
+    print(f"commit {environment['commit']}, {environment['timestamp']}")
+    for suite in options.suite:
+        print(f"\nsuite {suite}")
+        _print_table([row for row in rows if row["suite"] == suite], _COLUMNS[suite])
+    print(f"\n{_NOTES}")
+    wrong = [row for row in rows if not row["match"]]
+    if wrong:
+        print(f"\n{len(wrong)} rows do not match their peer: their times mean nothing")
+    return 1 if wrong else 0
+
+
+def _parse() -> argparse.Namespace:
+    known_shapes = list(dict.fromkeys([*steps.SHAPES, *ema.SHAPES]))
+    parser = argparse.ArgumentParser(prog="benchmarks/run.py", description=__doc__)
+
+    def several(name: str, known: list[str], default: list[str] | None, text: str) -> None:
+        def parse(value: str) -> list[str]:
+            values = value.split(",")
+            unknown = [v for v in values if v not in known]
+            if unknown:
+                raise argparse.ArgumentTypeError(
+                    f"unknown {', '.join(unknown)}; expected some of {','.join(known)}"
+                )
+            return values
+
+        parser.add_argument(name, type=parse, default=default, metavar="A,B", help=text)
+
+    several("--suite", list(_SUITES), list(_SUITES), "suites; default: all")
+    several("--shape", known_shapes, None, "shapes; default: all of each suite, see --list")
+    several("--method", list(METHODS), ["rc_mae", "mae"], "methods of the step")
+    several("--dtype", ["fp32", "bf16"], ["fp32", "bf16"], "precisions of the step")
+    parser.add_argument("--images", choices=["uint8", "float"], default="uint8", help="of the step")
+    parser.add_argument("--rounds", type=int, help="blocks of each program; default: 10")
+    parser.add_argument("--device", default="auto", help="auto, cpu or cuda")
+    parser.add_argument("--no-memory", action="store_true", help="skip memory, and save its time")
+    parser.add_argument("--smoke", action="store_true", help="all code, no meaningful figures")
+    parser.add_argument("--json", type=Path, metavar="FILE", help="append the rows as JSONL")
+    parser.add_argument("--list", action="store_true", help="print suites, shapes and programs")
+    options = parser.parse_args()
+    if options.rounds is not None and options.rounds < 1:
+        parser.error("--rounds: expected at least 1")
+    if options.smoke:
+        options.shape = options.shape or ["tiny32"]
+    options.rounds = options.rounds or (2 if options.smoke else 10)
+    for suite in options.suite:
+        if options.shape is not None and not set(options.shape) & set(_SUITES[suite].SHAPES):
+            parser.error(f"--shape: suite {suite} has {','.join(_SUITES[suite].SHAPES)}")
+    return options
+
+
+def _rows(options: argparse.Namespace, device: torch.device) -> Iterator[dict]:
+    common = dict(
+        device=device,
+        rounds=options.rounds,
+        block_seconds=0.02 if options.smoke else 0.6,
+        smoke=options.smoke,
+        say=lambda text: print(text, file=sys.stderr, flush=True),
+    )
+    for suite in options.suite:
+        shapes = [s for s in _SUITES[suite].SHAPES if options.shape is None or s in options.shape]
+        if suite == "step":
+            yield from steps.run(
+                shapes=shapes,
+                methods=options.method,
+                dtypes=options.dtype,
+                images=options.images,
+                memory=not options.no_memory,
+                **common,
+            )
+        else:
+            yield from ema.run(shapes=shapes, **common)
+
+
+def _print_list() -> None:
+    print(f"suite step   methods {','.join(METHODS)}   programs {','.join(steps.PROGRAMS)}")
+    for name, (model, batch) in steps.SHAPES.items():
+        print(f"  {name:10} {model}, batch {batch}")
+    print("suite ema    operators adamw_ema_,ema_update_   programs torch and every backend")
+    for name, model in ema.SHAPES.items():
+        print(f"  {name:10} trained parameters of {model}")
+
+
+def _environment(device: torch.device, smoke: bool) -> dict:
+    gpu = torch.cuda.get_device_name(device) if device.type == "cuda" else None
+    about = report()
+    return dict(
+        device=device.type,
+        gpu_name=gpu,
+        cpu_name=about["cpu"]["model"],
+        threads=torch.get_num_threads(),
+        torch=torch.__version__,
+        triton=about["packages"]["triton"],
+        cuda=torch.version.cuda,
+        fastmim_version=about["fastmim"]["version"],
+        commit=_commit(),
+        timestamp=datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
+        smoke=smoke,
+    )
+
+
+def _commit() -> str | None:
+    """Short hash, "+changes" if the checkout differs from it; None outside a checkout."""
+
+    def git(*words: str) -> str:
+        command = ["git", "--no-optional-locks", *words]
+        folder = Path(__file__).parent
+        return subprocess.run(
+            command, cwd=folder, capture_output=True, text=True, check=True
+        ).stdout.strip()
+
+    try:
+        changes = git("status", "--porcelain", "--untracked-files=no")
+        return git("rev-parse", "--short", "HEAD") + ("+changes" if changes else "")
+    except (OSError, subprocess.CalledProcessError):
+        return None
+
+
+def _print_table(rows: list[dict], columns: list[tuple[str, str, str]]) -> None:
+    cells = [[header for header, _, _ in columns]]
+    for row in rows:
+        saved = row.get("saved_bytes_per_image")
+        shown = {
+            **row,
+            "saved_mb_per_image": None if saved is None else saved / 1e6,
+            "match": "yes" if row["match"] else "NO",
+            "kept_of": f"{row['kept']}/{row['total']}" + ("" if row["quiet"] else " all"),
+        }
+        values = [(shown[key], form) for _, key, form in columns]
+        cells.append(["-" if value is None else format(value, form) for value, form in values])
+    widths = [max(map(len, column)) for column in zip(*cells, strict=True)]
+    for line in cells:
+        # Words to the left, numbers to the right.
+        padded = [
+            cell.rjust(width) if form else cell.ljust(width)
+            for cell, width, (_, _, form) in zip(line, widths, columns, strict=True)
+        ]
+        print("  ".join(padded).rstrip())
+
+
+if __name__ == "__main__":
+    sys.exit(main())
