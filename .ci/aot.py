@@ -17,10 +17,9 @@ from typing import NamedTuple
 os.environ.pop("TRITON_INTERPRET", None)  # interpreted kernels cannot be compiled
 os.environ.setdefault("TRITON_CACHE_DIR", tempfile.mkdtemp(prefix="fastmim_aot_"))
 
+import fastmim.kernels
 import triton
 from triton.backends.compiler import GPUTarget
-
-import fastmim.kernels
 
 ARCHITECTURES = (80, 90, 100, 120)
 TOOLS = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
@@ -80,7 +79,7 @@ def compile_case(case: Case, kernel: triton.runtime.JITFunction, arch: int) -> d
         case.constants,
         {(names.index(n),): [["tt.divisibility", 16]] for n in case.aligned},
     )
-    options = {"enable_fp_fusion": True}  # the default changes in triton 3.10
+    options = importlib.import_module(kernel.fn.__module__).OPTIONS  # those it is launched with
     built = triton.compile(source, target=GPUTarget("cuda", arch, 32), options=options)
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
         file.write(built.asm["cubin"])

@@ -70,10 +70,10 @@ MODELS: dict[str, dict] = _table()
 
 
 def did_you_mean(what: str, name: str, known: Iterable[str]) -> str:
-    """Message for an unknown name: the nearest known ones, then all of them if they are few."""
+    """Message for an unknown name: the nearest known ones, or all if none is near."""
     known = sorted(known)
     near = difflib.get_close_matches(name, known, n=3)
-    hint = f"did you mean {' or '.join(near)}?" if near else f"known: {', '.join(known[:12])}"
+    hint = f"did you mean {' or '.join(near)}?" if near else f"known: {', '.join(known)}"
     return f"unknown {what} '{name}'; {hint}"
 
 

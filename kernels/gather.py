@@ -10,6 +10,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+OPTIONS = {"enable_fp_fusion": False}  # no arithmetic here; set because its default changes
+
 
 @triton.jit
 def _gather_kernel(
@@ -51,9 +53,17 @@ def gather_tokens(x: Tensor, ids: Tensor) -> Tensor:
     k = ids.shape[1]
     out = torch.empty(b, k, d, device=x.device, dtype=x.dtype)
     if out.numel():
-        _gather_kernel[(b * k,)](
-            x.contiguous(), ids.contiguous(), out, n, k, d, BLOCK_D=triton.next_power_of_2(d)
-        )
+        with torch.cuda.device_of(x):
+            _gather_kernel[(b * k,)](
+                x.contiguous(),
+                ids.contiguous(),
+                out,
+                n,
+                k,
+                d,
+                BLOCK_D=triton.next_power_of_2(d),
+                **OPTIONS,
+            )
     return out
 
 
@@ -61,13 +71,15 @@ def scatter_tokens(x: Tensor, ids: Tensor, num_tokens: int) -> Tensor:
     b, k, d = x.shape
     out = torch.zeros(b, num_tokens, d, device=x.device, dtype=x.dtype)
     if x.numel():
-        _scatter_kernel[(b * k,)](
-            x.contiguous(),
-            ids.contiguous(),
-            out,
-            num_tokens,
-            k,
-            d,
-            BLOCK_D=triton.next_power_of_2(d),
-        )
+        with torch.cuda.device_of(x):
+            _scatter_kernel[(b * k,)](
+                x.contiguous(),
+                ids.contiguous(),
+                out,
+                num_tokens,
+                k,
+                d,
+                BLOCK_D=triton.next_power_of_2(d),
+                **OPTIONS,
+            )
     return out

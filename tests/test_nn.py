@@ -55,8 +55,8 @@ def test_uint8_without_statistics_is_refused():
     model = micro(in_chans=5)
     with pytest.raises(ValueError, match="uint8 images with 5 channels need a mean"):
         model(torch.zeros(1, 5, 32, 32, dtype=torch.uint8))
-    with pytest.raises(ValueError, match="expected 5 means and standard deviations"):
-        model.patch_embed.set_pixel_normalization((0.5,), (0.5,))
+    with pytest.raises(ValueError, match="expected pixel_mean and pixel_std of 5 channels"):
+        micro(in_chans=5, pixel_mean=(0.5,), pixel_std=(0.5,))
 
 
 @pytest.mark.parametrize("shape", [(1, 3, 32, 28), (1, 1, 32, 32), (3, 32, 32)])
@@ -69,7 +69,7 @@ def test_wrong_images_are_refused_by_name(shape):
 
 
 def test_size_that_is_no_multiple_of_the_patch_is_refused():
-    with pytest.raises(ValueError, match="33 x 32 pixels and patches of 4; for example 32 fits"):
+    with pytest.raises(ValueError, match="33 x 32 pixels and patches of 4; 32 x 32 fits"):
         PatchEmbed((33, 32), 4, 3, 8)
     with pytest.raises(ValueError, match="width 10 is not divisible by 4 heads"):
         Attention(10, 4)
@@ -294,3 +294,15 @@ def test_teacher_of_another_student_is_refused_by_name():
         teacher.update_(micro(patch_size=8), 0.9)
     with pytest.raises(ValueError, match=r"differ in 12 parameters: blocks.1.norm1.weight"):
         teacher.update_(micro(depth=1), 0.9)
+
+
+def test_masks_of_another_batch_are_refused():
+    model = micro()
+    masks = model.random_masks(3, 0.75, torch.device("cpu"))
+    with pytest.raises(ValueError, match=r"expected masks for \(2, \d+\) \(images, patches\)"):
+        model(torch.zeros(2, 3, 32, 32), masks)
+
+
+def test_norm_pix_needs_two_values_in_a_patch():
+    with pytest.raises(ValueError, match="norm_pix_loss needs patches of at least two values"):
+        micro(patch_size=1, in_chans=1, norm_pix_loss=True)

@@ -11,7 +11,7 @@ from torch import Tensor
 from torch.autograd.gradcheck import GradcheckError
 from torch.utils._pytree import tree_leaves, tree_map
 
-from fastmim.ops import OPS, use_backend
+from fastmim.ops import OPS, adamw_ema_, gather_patches, patch_loss, use_backend
 from fastmim.ops._registry import Op
 from tests import accuracy
 
@@ -21,7 +21,6 @@ ROUNDING = {"restore_tokens"}
 DIFFERENTIABLE = {"gather_patches": {"imgs"}, "patch_loss": {"pred"}}
 # Their state is float32 or float64, see test_sixteen_bit_state_is_refused.
 IN_PLACE = {name for name, op in OPS.items() if op.overload._schema.is_mutable}
-# TODO: empty once a second backward pass through these raises.
 FULL_GRADCHECK = 150  # inputs up to which every entry of the Jacobian is compared
 GUARD = 1234.5
 
@@ -292,7 +291,8 @@ def test_sixteen_bit_state_is_refused(name, device):
         getattr(ops, name)(*lists, **rest)
 
 
-def test_skipped_step_changes_no_byte(device):
+@pytest.mark.parametrize("backend", OPS["adamw_ema_"].backends)
+def test_skipped_step_changes_no_byte(backend, device):
     op = OPS["adamw_ema_"]
     args = list(make(op, "edge", device, torch.float32))
     names = [s.name for s in op.overload._schema.arguments]
@@ -300,9 +300,8 @@ def test_skipped_step_changes_no_byte(device):
     for gradient in args[names.index("grads")]:
         gradient.fill_(float("nan"))
     untouched = tree_leaves([args[names.index(n)] for n in names if n in _WRITTEN])
-    for backend in ("reference", "cpp"):
-        for got, before in zip(run(op, backend, tuple(args)), untouched, strict=True):
-            accuracy.exact(got, before)
+    for got, before in zip(run(op, backend, tuple(args)), untouched, strict=True):
+        accuracy.exact(got, before)
 
 
 _WRITTEN = ("params", "exp_avgs", "exp_avg_sqs", "teachers", "step")
@@ -409,3 +408,51 @@ def test_environment_names_the_backend(value, said):
         check=False,
     )
     assert said in done.stdout + done.stderr
+
+
+@pytest.mark.parametrize(("op", "backend", "shape"), CASES)
+def test_autocast_leaves_the_arithmetic_of_an_operator_alone(op, backend, shape, device):
+    plain = make(op, shape, device, torch.float32)
+    usable(op, backend, plain)
+    cast = copy.deepcopy(plain)
+    with use_backend(backend):
+        expected = op(*plain)
+        with torch.autocast(device, torch.bfloat16):
+            got = op(*cast)
+    for a, b in zip(tree_leaves((got, cast)), tree_leaves((expected, plain)), strict=True):
+        if isinstance(a, Tensor):
+            accuracy.exact(a, b)
+
+
+@pytest.mark.parametrize("ids", [torch.zeros(2, 3, dtype=torch.int64), torch.zeros(4, 3).int()])
+def test_patch_positions_must_fit_the_images(ids):
+    imgs, pred = torch.zeros(4, 3, 8, 8), torch.zeros(*ids.shape, 48)
+    with pytest.raises(
+        ValueError, match=r"patch_loss: expected ids \(B, K\) of int64 for 4 images"
+    ):
+        patch_loss(pred, imgs, ids, 4, norm_pix=True)
+    with pytest.raises(ValueError, match=r"gather_patches: expected ids \(B, K\) of int64"):
+        gather_patches(imgs, ids, 4)
+
+
+@pytest.mark.parametrize("wrong", ["weight_decay", "step", "skip"])
+def test_scalars_of_another_dtype_are_refused_before_any_backend_is_asked(wrong):
+    values = {
+        "weight_decay": torch.zeros(1, dtype=torch.float64),
+        "step": torch.tensor(0),
+        "skip": torch.tensor(False),
+    }
+    values[wrong] = values[wrong].to(torch.float32)
+    lists = [[torch.zeros(3)] for _ in range(4)]
+    with pytest.raises(ValueError, match=rf"adamw_ema_: expected {wrong} .* got .*float32"):
+        adamw_ema_(
+            *lists,
+            [],
+            lr=0.1,
+            momentum=0.9,
+            grad_scale=1.0,
+            beta1=0.9,
+            beta2=0.95,
+            eps=1e-8,
+            **values,
+        )

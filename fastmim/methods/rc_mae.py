@@ -1,5 +1,7 @@
 """RC-MAE: the student must also match the reconstruction of its own moving average."""
 
+import math
+
 import torch
 from torch import Tensor
 
@@ -31,8 +33,10 @@ class RCMAE(Method):
     ) -> None:
         super().__init__()
         num_keep(autoencoder.num_patches, mask_ratio)
-        if not 0.0 <= momentum <= 1.0:
-            raise ValueError(f"RCMAE: expected momentum in [0, 1], got {momentum}")
+        if not 0.0 <= momentum <= 1.0 or not math.isfinite(gamma):
+            raise ValueError(
+                f"RCMAE: expected momentum in [0, 1] and a finite gamma, got {momentum} and {gamma}"
+            )
         self.student = autoencoder
         self.teacher = EMATeacher(autoencoder)
         self.mask_ratio = mask_ratio

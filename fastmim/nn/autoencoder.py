@@ -1,5 +1,6 @@
 """Masked autoencoder: ViT encoder over the visible patches, small decoder over all of them."""
 
+import inspect
 from collections.abc import Callable
 from typing import NamedTuple
 
@@ -69,6 +70,9 @@ class MaskedAutoencoder(Encoder):
             raise ValueError(
                 f"MaskedAutoencoder: expected decoder_depth of at least 1, got {decoder_depth}"
             )
+        unknown = [n for n in encoder if n not in inspect.signature(Encoder).parameters]
+        if unknown:
+            raise TypeError(f"MaskedAutoencoder: unknown arguments {', '.join(unknown)}")
         super().__init__(mlp_ratio=mlp_ratio, norm_layer=norm_layer, **encoder)
         self.norm_pix_loss = norm_pix_loss
         self.mask_token = nn.Parameter(torch.zeros(1, 1, decoder_embed_dim))
@@ -82,6 +86,11 @@ class MaskedAutoencoder(Encoder):
         )
         self.decoder_norm = norm_layer(decoder_embed_dim)
         values = self.patch_size**2 * self.patch_embed.in_chans
+        if norm_pix_loss and values < 2:
+            raise ValueError(
+                "MaskedAutoencoder: norm_pix_loss needs patches of at least two values; "
+                f"got {self.patch_size} x {self.patch_size} x {self.patch_embed.in_chans}"
+            )
         self.decoder_pred = nn.Linear(decoder_embed_dim, values)
         self.initialize_weights()
 

@@ -121,7 +121,16 @@ class Encoder(nn.Module):
 
         Returns:
             (B, K + 1, D), visible patches in shuffle order.
+
+        Raises:
+            ValueError: If the masks are not for B images of N patches.
         """
+        expected = (imgs.shape[0], self.num_patches)
+        if tuple(masks.ids_shuffle.shape) != expected:
+            raise ValueError(
+                f"forward_encoder: expected masks for {expected} (images, patches), got "
+                f"{tuple(masks.ids_shuffle.shape)}"
+            )
         return self.encode_patches(imgs, masks.ids_keep)
 
     def encode(self, imgs: Tensor) -> Features:

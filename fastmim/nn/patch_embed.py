@@ -27,8 +27,8 @@ class PatchEmbed(nn.Module):
         pixel_std: Standard deviation of each channel, likewise.
 
     Raises:
-        ValueError: If the patch size does not divide the image, or the statistics do not match
-            the channels.
+        ValueError: If a size is not positive, the patch size does not divide the image, or the
+            statistics do not match the channels.
     """
 
     def __init__(
@@ -43,12 +43,17 @@ class PatchEmbed(nn.Module):
     ) -> None:
         super().__init__()
         self.img_size = (img_size, img_size) if isinstance(img_size, int) else tuple(img_size)
+        if not isinstance(patch_size, int) or min(patch_size, in_chans, *self.img_size) < 1:
+            raise ValueError(
+                "PatchEmbed: expected positive img_size, in_chans and a single patch_size, got "
+                f"{self.img_size}, {in_chans} and {patch_size}"
+            )
         height, width = self.img_size
-        if patch_size < 1 or min(height, width) < 1 or height % patch_size or width % patch_size:
-            fits = patch_size * max(1, round(height / max(patch_size, 1)))
+        if height % patch_size or width % patch_size:
+            fits = [max(1, round(side / patch_size)) * patch_size for side in self.img_size]
             raise ValueError(
                 f"PatchEmbed: expected an image size divisible by the patch size, got "
-                f"{height} x {width} pixels and patches of {patch_size}; for example {fits} fits"
+                f"{height} x {width} pixels and patches of {patch_size}; {fits[0]} x {fits[1]} fits"
             )
         self.patch_size = (patch_size, patch_size)  # a pair, as in timm
         self.in_chans = in_chans
@@ -57,31 +62,16 @@ class PatchEmbed(nn.Module):
         self.proj = nn.Conv2d(in_chans, embed_dim, kernel_size=patch_size, stride=patch_size)
         if pixel_mean is None and pixel_std is None and in_chans == 3:
             pixel_mean, pixel_std = IMAGENET_MEAN, IMAGENET_STD
-        self.set_pixel_normalization(pixel_mean, pixel_std)
-
-    def set_pixel_normalization(
-        self, mean: tuple[float, ...] | None, std: tuple[float, ...] | None
-    ) -> None:
-        """Statistics with which uint8 images are normalised: ``(x / 255 - mean) / std``.
-
-        Args:
-            mean: C numbers on the scale 0..1; None together with ``std``: uint8 is then refused.
-            std: C positive numbers.
-
-        Raises:
-            ValueError: If there are not C of each.
-        """
-        device = self.proj.weight.device
         scale = shift = None
-        if mean is not None or std is not None:
-            if mean is None or std is None or not len(mean) == len(std) == self.in_chans:
+        if pixel_mean is not None or pixel_std is not None:
+            if not len(pixel_mean or ()) == len(pixel_std or ()) == in_chans:
                 raise ValueError(
-                    f"set_pixel_normalization: expected {self.in_chans} means and standard "
-                    f"deviations, got {mean} and {std}"
+                    f"PatchEmbed: expected pixel_mean and pixel_std of {in_chans} channels each, "
+                    f"got {pixel_mean} and {pixel_std}"
                 )
-            spread = torch.tensor(std, dtype=torch.float64)
-            scale = (1 / (255 * spread)).to(device)
-            shift = (-torch.tensor(mean, dtype=torch.float64) / spread).to(device)
+            spread = torch.tensor(pixel_std, dtype=torch.float64)
+            centre = torch.tensor(pixel_mean, dtype=torch.float64)
+            scale, shift = 1 / (255 * spread), -centre / spread
         # Not saved: checkpoints keep the published keys.
         self.register_buffer("pixel_scale", scale, persistent=False)
         self.register_buffer("pixel_shift", shift, persistent=False)
@@ -104,7 +94,8 @@ class PatchEmbed(nn.Module):
         if self.pixel_scale is None:
             raise ValueError(
                 f"uint8 images with {self.in_chans} channels need a mean and a standard deviation: "
-                "call set_pixel_normalization, or pass normalised floating-point images"
+                "create the model with pixel_mean and pixel_std, or pass normalised floating-point "
+                "images"
             )
         return {"scale": self.pixel_scale, "shift": self.pixel_shift}
 

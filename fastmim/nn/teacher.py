@@ -14,7 +14,7 @@ class EMATeacher(nn.Module):
 
     Args:
         student: The module to copy and to follow. All its parameters are averaged, the frozen
-            ones too; persistent buffers are copied at every update.
+            ones too; buffers stay as they are, the networks here hold constants in them.
     """
 
     def __init__(self, student: nn.Module) -> None:
@@ -54,10 +54,3 @@ class EMATeacher(nn.Module):
         """
         pairs = self.pairs(student).values()
         ema_update_([t for t, _ in pairs], [s for _, s in pairs], momentum)
-        self.copy_buffers_(student)
-
-    def copy_buffers_(self, student: nn.Module) -> None:
-        """Take over the student's buffers; they are not averaged."""
-        theirs = dict(student.named_buffers())
-        for name, buffer in self.module.named_buffers():
-            buffer.copy_(theirs[name])

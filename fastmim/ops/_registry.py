@@ -105,7 +105,7 @@ class Op:
         schema: PyTorch schema, no namespace: ``"gather_tokens(Tensor x, Tensor ids) -> Tensor"``.
         fake: Returns empty outputs of the right shape, dtype and device; runs no arithmetic.
         implementations: Backend name to :class:`Implementation` (or just its target).
-        shapes: Named sizes; ``edge*`` are tested, the rest are benchmarked.
+        shapes: Named sizes; ``edge*`` are tested, the others are those of real models.
         make: Builds the arguments for one entry of ``shapes``.
         setup_context: Saves what ``backward`` needs. Omit both for an op without gradient.
         backward: Gradient formula, written with operators of this library.
@@ -239,7 +239,10 @@ class Op:
         return self._loaded[backend]
 
     def _run(self, *args: Any) -> Any:
-        return self.implementation(self.choose(_device(args), args))(*args)
+        implementation = self.implementation(self.choose(_device(args), args))
+        # Autocast has chosen the arguments' dtypes; what is computed from them is the operator's.
+        with torch._C._DisableAutocast():
+            return implementation(*args)
 
 
 def _device(args: tuple) -> torch.device:

@@ -4,7 +4,7 @@ import torch
 from torch import Tensor
 
 from fastmim.ops import reference
-from fastmim.ops._registry import Op
+from fastmim.ops._registry import Implementation, Op
 
 
 def gather_tokens(x: Tensor, ids: Tensor) -> Tensor:
@@ -85,6 +85,10 @@ def _scatter_backward(ctx, grad):
     return _gather(grad, ids), None, None
 
 
+def _refuse_complex(x: Tensor, *rest) -> str | None:
+    return "Triton has no complex numbers" if x.is_complex() else None
+
+
 def random_ids(b: int, n: int, k: int, device) -> Tensor:
     """(B, K) distinct positions in [0, N), for the ``make`` of operators."""
     return torch.rand(b, n, device=device).argsort(dim=1)[:, :k]
@@ -106,7 +110,7 @@ _gather = Op(
     fake=_fake_gather,
     implementations={
         "reference": reference.gather_tokens,
-        "triton": "fastmim.kernels.gather:gather_tokens",
+        "triton": Implementation("fastmim.kernels.gather:gather_tokens", accepts=_refuse_complex),
     },
     shapes=SHAPES,
     make=lambda b, n, k, d, device, dtype: (
@@ -122,7 +126,7 @@ _scatter = Op(
     fake=_fake_scatter,
     implementations={
         "reference": reference.scatter_tokens,
-        "triton": "fastmim.kernels.gather:scatter_tokens",
+        "triton": Implementation("fastmim.kernels.gather:scatter_tokens", accepts=_refuse_complex),
     },
     shapes=SHAPES,
     make=lambda b, n, k, d, device, dtype: (

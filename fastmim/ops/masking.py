@@ -53,10 +53,13 @@ def num_keep(num_patches: int, mask_ratio: float) -> int:
         raise ValueError(f"mask_ratio: expected a number in (0, 1), got {mask_ratio}")
     kept = int(num_patches * (1 - mask_ratio))
     if not 1 <= kept < num_patches:
+        remedy = "use larger images or smaller patches"
+        if num_patches > 1:
+            half = 0.5 / num_patches  # away from the bounds, which rounding may cross
+            remedy = f"choose a ratio from {half:.4f} to {1 - 3 * half:.4f}"
         raise ValueError(
             f"mask_ratio: {mask_ratio} of {num_patches} patches keeps {kept} visible; at least one "
-            f"must be visible and one masked. Choose a ratio between {1 / num_patches:.4g} and "
-            f"{1 - 1 / num_patches:.4g}"
+            f"must be visible and one masked: {remedy}"
         )
     return kept
 
@@ -120,6 +123,7 @@ def masks_from_noise(noise: Tensor, num_keep: int) -> Masks:
     """
     if noise.ndim != 2:
         raise ValueError(f"masks_from_noise: expected noise (B, N), got {tuple(noise.shape)}")
+    _check_keep("masks_from_noise", noise.shape[1], num_keep)
     return masks_from_shuffle(noise.argsort(dim=1), num_keep)
 
 

@@ -88,16 +88,21 @@ def adamw_ema_(
         _check_pairs("adamw_ema_", "params", params, name, tensors)
     _refuse_half("adamw_ema_", params)
     _refuse_half("adamw_ema_", teachers)
-    if weight_decay.shape != (len(params),):
-        raise ValueError(
-            f"adamw_ema_: expected weight_decay ({len(params)},), one value for each tensor, "
-            f"got {tuple(weight_decay.shape)}"
-        )
     if not params:
         return
     device = params[0].device
     if not isinstance(skip, Tensor):
         skip = torch.tensor(skip, device=device)
+    for name, tensor, shape, dtype in (
+        ("weight_decay", weight_decay, (len(params),), torch.float64),
+        ("step", step, (), torch.int64),
+        ("skip", skip, (), torch.bool),
+    ):
+        if (tuple(tensor.shape), tensor.dtype, tensor.device) != (shape, dtype, device):
+            raise ValueError(
+                f"adamw_ema_: expected {name} {shape} of {dtype} on {device}, "
+                f"got {tuple(tensor.shape)} of {tensor.dtype} on {tensor.device}"
+            )
     with torch.no_grad():
         _adamw_ema(
             list(params),

@@ -8,7 +8,7 @@ from torch import Tensor
 from fastmim.ops import reference
 from fastmim.ops._registry import Op
 from fastmim.ops.gather import random_ids
-from fastmim.ops.patches import check_images, check_pixels
+from fastmim.ops.patches import check_ids, check_images, check_pixels
 
 
 class PatchLoss(NamedTuple):
@@ -41,9 +41,9 @@ def patch_loss(
     Args:
         pred: (B, M, p * p * C), floating point: predictions for ``ids``, channel fastest.
         imgs: (B, C, H, W), uint8 or floating point.
-        ids: (B, M), int64, patch positions, usually ``masks.ids_masked``.
+        ids: (B, M), int64, patch positions, usually ``masks.ids_masked``; values are not checked.
         patch_size: p, side of a patch in pixels.
-        norm_pix: Normalise each target patch.
+        norm_pix: Normalise each target patch, which must hold at least two values.
         teacher_pred: (B, M, p * p * C) or None; gets no gradient.
         gamma: Weight of the consistency term.
         scale: (C,) factor per channel of ``imgs``, as in :func:`fastmim.ops.gather_patches`.
@@ -57,9 +57,10 @@ def patch_loss(
     """
     check_images("patch_loss", imgs, patch_size)
     check_pixels("patch_loss", imgs, scale, shift)
+    check_ids("patch_loss", ids, imgs)
     expected = (*ids.shape, imgs.shape[1] * patch_size * patch_size)
     for name, rows in (("pred", pred), ("teacher_pred", teacher_pred)):
-        if rows is not None and (ids.ndim != 2 or tuple(rows.shape) != expected):
+        if rows is not None and tuple(rows.shape) != expected:
             raise ValueError(
                 f"patch_loss: expected {name} {expected} for ids {tuple(ids.shape)} and images "
                 f"{tuple(imgs.shape)}, got {tuple(rows.shape)}"

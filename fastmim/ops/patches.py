@@ -37,6 +37,19 @@ def check_pixels(function: str, imgs: Tensor, scale: Tensor | None, shift: Tenso
             )
 
 
+def check_ids(function: str, ids: Tensor, imgs: Tensor) -> None:
+    """Refuse positions that are not one row of int64 per image.
+
+    Raises:
+        ValueError: If so.
+    """
+    if ids.ndim != 2 or ids.shape[0] != imgs.shape[0] or ids.dtype != torch.int64:
+        raise ValueError(
+            f"{function}: expected ids (B, K) of int64 for {imgs.shape[0]} images, "
+            f"got {tuple(ids.shape)} of {ids.dtype}"
+        )
+
+
 def gather_patches(
     imgs: Tensor,
     ids: Tensor,
@@ -54,7 +67,8 @@ def gather_patches(
 
     Args:
         imgs: (B, C, H, W), uint8 or floating point; H and W multiples of ``patch_size``.
-        ids: (B, K), int64, patch positions row-major in [0, H * W / patch_size**2).
+        ids: (B, K), int64, patch positions row-major in [0, H * W / patch_size**2); values are not
+            checked.
         patch_size: p, side of a patch in pixels.
         scale: (C,) factor per channel; with uint8 images usually ``1 / (255 * std)``.
         shift: (C,) summand per channel; with uint8 images usually ``-mean / std``.
@@ -68,11 +82,7 @@ def gather_patches(
     """
     check_images("gather_patches", imgs, patch_size)
     check_pixels("gather_patches", imgs, scale, shift)
-    if ids.ndim != 2 or ids.shape[0] != imgs.shape[0] or ids.dtype != torch.int64:
-        raise ValueError(
-            f"gather_patches: expected ids (B, K) of int64 for {imgs.shape[0]} images, "
-            f"got {tuple(ids.shape)} of {ids.dtype}"
-        )
+    check_ids("gather_patches", ids, imgs)
     if dtype is None:
         dtype = imgs.dtype if imgs.is_floating_point() else torch.float32
     return _gather_patches(imgs, ids, patch_size, scale, shift, dtype)

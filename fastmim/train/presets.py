@@ -33,20 +33,20 @@ _MAE = dict(
 )
 _MAE_SOURCE = "MAE's released pre-training recipe (arXiv:2111.06377, table 8): 64 GPUs x 64 images"
 _RC_MAE = {**_MAE, "epochs": 1600, "gamma": 1.0, "momentum": 0.996}
-_RC_SOURCE = "RC-MAE's released pre-training scripts (arXiv:2210.02077): 8 GPUs"
+_RC_SOURCE = "RC-MAE's released pre-training scripts (arXiv:2210.02077), momentum to 1 over the run"
+_LARGE_BATCH = dict(micro_batch=256, workers=8)
+_PHOTOS = dict(crop_ratio=0.875)
 
 
 def _mae(size: str, epochs: int) -> Preset:
     note = "" if epochs == 800 else "; the length of the paper's checkpoints"
-    return Preset(_MAE_SOURCE + note, "mae", {**_MAE, "model": f"mae_vit_{size}", "epochs": epochs})
+    recipe = {**_MAE, "model": f"mae_vit_{size}", "epochs": epochs}
+    return Preset(_MAE_SOURCE + note, "mae", recipe, efficiency=_LARGE_BATCH, evaluation=_PHOTOS)
 
 
-def _rc_mae(size: str, micro_batch: int, accumulation: int, **changes) -> Preset:
-    return Preset(
-        f"{_RC_SOURCE} x {micro_batch} images x {accumulation} accumulated",
-        "rc_mae",
-        {**_RC_MAE, "model": f"rc_vit_{size}", **changes},
-    )
+def _rc_mae(size: str, **changes) -> Preset:
+    recipe = {**_RC_MAE, "model": f"rc_vit_{size}", **changes}
+    return Preset(_RC_SOURCE, "rc_mae", recipe, efficiency=_LARGE_BATCH, evaluation=_PHOTOS)
 
 
 PRESETS: dict[str, Preset] = {
@@ -88,7 +88,7 @@ PRESETS: dict[str, Preset] = {
             base_lr=1e-3,
         ),
         efficiency=dict(workers=2),
-        evaluation=dict(crop_ratio=0.875),
+        evaluation=_PHOTOS,
     ),
     "mae_base_800": _mae("base_patch16", 800),
     "mae_base_1600": _mae("base_patch16", 1600),
@@ -107,9 +107,10 @@ PRESETS: dict[str, Preset] = {
             "base_lr": 1e-3,
             "norm_pix": False,
         },
+        evaluation=_PHOTOS,
     ),
-    "rc_mae_small_1600": _rc_mae("small_patch16", 512, 1),
-    "rc_mae_base_800": _rc_mae("base_patch16", 256, 2, epochs=800),
-    "rc_mae_base_1600": _rc_mae("base_patch16", 256, 2),
-    "rc_mae_large_1600": _rc_mae("large_patch16", 256, 2),
+    "rc_mae_small_1600": _rc_mae("small_patch16"),
+    "rc_mae_base_800": _rc_mae("base_patch16", epochs=800),
+    "rc_mae_base_1600": _rc_mae("base_patch16"),
+    "rc_mae_large_1600": _rc_mae("large_patch16"),
 }
