@@ -1,29 +1,61 @@
 """The command line: ``fastmim pretrain | knn | visualize | presets | info``."""
 
+import argparse
+import difflib
+import re
 import signal
 import sys
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
+from typing import NamedTuple
 
 import yaml
-from jsonargparse import ActionConfigFile, ArgumentParser, Namespace
+from jsonargparse import (
+    ActionConfigFile,
+    ArgumentError,
+    ArgumentParser,
+    DefaultHelpFormatter,
+    Namespace,
+)
+from jsonargparse.typing import PositiveInt
 
+import fastmim
 from fastmim.data import TooManyBadImages, open_source
 from fastmim.info import print_report
-from fastmim.methods import Method
 from fastmim.models import did_you_mean
 from fastmim.train.build import restore_run
-from fastmim.train.checkpoint import Checkpoint, CheckpointError
-from fastmim.train.config import Evaluation, Pretrain, Recipe
+from fastmim.train.checkpoint import CheckpointError
+from fastmim.train.config import Evaluation, Pretrain
 from fastmim.train.evaluation import KNNEvaluation, compare
-from fastmim.train.log import console
+from fastmim.train.folder import CHECKPOINTS
+from fastmim.train.log import say
 from fastmim.train.pictures import write_reconstructions
 from fastmim.train.presets import PRESETS
-from fastmim.train.trainer import NonFiniteError, Trainer
+from fastmim.train.trainer import NonFiniteError, Outcome, Trainer
 
 # What a user can cause. Their messages say what to do, so no traceback is shown.
-_USER_ERRORS = (ValueError, FileNotFoundError, NotADirectoryError, PermissionError, CheckpointError)
-_EXIT_BAD_INPUT, _EXIT_NON_FINITE, _EXIT_BAD_DATA, _EXIT_NOT_SAVED = 2, 3, 4, 5
+_USER_ERRORS = (ValueError, OSError, ImportError, CheckpointError)
+_BAD_INPUT, _NON_FINITE, _BAD_DATA, _NOT_SAVED = 2, 3, 4, 5
+_STOPPED = 128 + signal.SIGINT
+
+_EXAMPLES = """\
+examples:
+  fastmim pretrain                                                 the embedded digits
+  fastmim pretrain --preset small32 --data.path cifar10.parquet
+  fastmim pretrain --preset tiny224 --data.path photos/ --method mae --recipe.epochs 50
+  fastmim pretrain --preset small32 --print_config > my.yaml       every option, to edit
+  fastmim pretrain --config my.yaml
+  fastmim pretrain --config runs/small32-rc_mae/config.yaml        go on with that run
+"""
+
+
+class _Call(NamedTuple):
+    """One invocation."""
+
+    argv: list[str]
+    parser: ArgumentParser
+    options: Namespace  # of the command
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -34,16 +66,23 @@ def main(argv: Sequence[str] | None = None) -> int:
 
     Returns:
         Exit status: 0 done (or stopped by SIGTERM and saved), 2 bad input, 3 non-finite losses,
-        4 too many unreadable images, 5 last checkpoint not written, 130 stopped by Ctrl-C, saved.
+        4 too many unreadable images, 5 last checkpoint not written, 130 stopped by Ctrl-C.
     """
-    argv = list(sys.argv[1:] if argv is None else argv)
+    argv = list(sys.argv[1:] if argv is None else argv) or ["--help"]
     try:
         parser = _parser(_preset_of(argv))
         options = parser.parse_args(argv)
-        return _COMMANDS[options.command](parser, options)
+        return _COMMANDS[options.command](_Call(argv, parser, options[options.command]))
+    except ArgumentError as error:
+        command = argv[0] + " " if argv[0] in _COMMANDS else ""
+        say(f"error: {error}{_nearest_option(error)}\nsee fastmim {command}--help")
+        return _BAD_INPUT
     except _USER_ERRORS as error:
-        console.print(f"error: {error}", markup=False)
-        return _EXIT_BAD_INPUT
+        say(f"error: {error}")
+        return _BAD_INPUT
+    except KeyboardInterrupt:
+        say("stopped at once; of a training run, the last checkpoint is kept")
+        return _STOPPED
 
 
 def _preset_of(argv: Sequence[str]) -> str:
@@ -55,131 +94,196 @@ def _preset_of(argv: Sequence[str]) -> str:
             continue
         if not equals:
             value = argv[i + 1] if i + 1 < len(argv) else ""
-        if name == "--preset":
-            preset = value
-        elif Path(value).is_file():
-            content = yaml.safe_load(Path(value).read_text())
-            if isinstance(content, dict):
-                preset = content.get("preset", preset)
+        preset = value if name == "--preset" else _preset_in(Path(value), preset)
     if preset not in PRESETS:
         raise ValueError(f"preset: {did_you_mean('preset', preset, PRESETS)}")
     return preset
 
 
+def _preset_in(path: Path, default: str) -> str:
+    """The preset that a --config file names."""
+    try:
+        content = yaml.safe_load(path.read_text())
+    except OSError:
+        return default  # the parser will say so
+    except (UnicodeDecodeError, yaml.YAMLError) as error:
+        raise ValueError(f"--config {path}: expected YAML: {error}") from error
+    return str(content.get("preset", default)) if isinstance(content, dict) else default
+
+
+class _HelpFormatter(argparse.RawDescriptionHelpFormatter, DefaultHelpFormatter):
+    """Keeps the lines of the examples."""
+
+
+def _command(description: str, usage: str, epilog: str | None = None) -> ArgumentParser:
+    return ArgumentParser(
+        description=description,
+        usage=f"fastmim {usage}",
+        epilog=epilog,
+        formatter_class=_HelpFormatter,
+        exit_on_error=False,
+        allow_abbrev=False,
+    )
+
+
 def _parser(preset: str) -> ArgumentParser:
-    parser = ArgumentParser(prog="fastmim", description=__doc__.partition(":")[0] + " of fastmim.")
+    parser = ArgumentParser(
+        prog="fastmim",
+        description="Masked image modelling: pre-train Vision Transformers and look at them.",
+        version=fastmim.__version__,
+        formatter_class=_HelpFormatter,
+        exit_on_error=False,
+        allow_abbrev=False,
+    )
     commands = parser.add_subcommands(dest="command", required=True)
-
-    pretrain = ArgumentParser(description="Pre-train a Vision Transformer.")
-    pretrain.add_argument("--config", action=ActionConfigFile, help="YAML file with any options.")
-    pretrain.add_class_arguments(Pretrain, as_group=False)
-    pretrain.set_defaults(_preset_defaults(preset))
-    commands.add_subcommand("pretrain", pretrain, help="pre-train a Vision Transformer")
-
-    knn = ArgumentParser(description="kNN accuracy of a run's features.")
+    commands.add_subcommand(
+        "pretrain", _pretrain_parser(preset), help="pre-train a Vision Transformer"
+    )
+    knn = _command(
+        "kNN accuracy of a run's features.\nOptions that are not given are those of the run.",
+        "knn RUN [options]",
+    )
     knn.add_argument("run", type=str, help="Folder of a run, or of one checkpoint.")
     knn.add_class_arguments(Evaluation, "evaluation", skip={"knn_every", "knn_at_end"})
     commands.add_subcommand("knn", knn, help="kNN accuracy of a run's features")
 
-    visualize = ArgumentParser(description="Picture of what a run's networks reconstruct.")
+    visualize = _command("Picture of what a run's networks reconstruct.", "visualize RUN [options]")
     visualize.add_argument("run", type=str, help="Folder of a run, or of one checkpoint.")
     visualize.add_argument("--images", type=str, help="Data set. Default: the run's own.")
-    visualize.add_argument("--count", type=int, default=8, help="Images shown.")
+    visualize.add_argument("--count", type=PositiveInt, default=8, help="Images shown.")
     visualize.add_argument("--seed", type=int, default=0, help="Of the masks.")
     visualize.add_argument("--out", type=str, help="Default: reconstruction.png in the run.")
     commands.add_subcommand("visualize", visualize, help="picture of a run's reconstructions")
 
-    commands.add_subcommand(
-        "presets",
-        ArgumentParser(description="Named recipes and their sources."),
-        help="list the named recipes",
-    )
-    info = ArgumentParser(description="Versions, devices, and the backend of each operator.")
+    presets = _command("Named recipes and their sources.", "presets")
+    commands.add_subcommand("presets", presets, help="list the named recipes")
+
+    info = _command("Versions, devices, and the backend of each operator.", "info [--json]")
     info.add_argument("--json", action="store_true", help="Machine-readable.")
     commands.add_subcommand("info", info, help="what runs where on this machine, and why")
     return parser
 
 
-def _preset_defaults(name: str) -> dict:
-    preset = PRESETS[name]
-    defaults = {"preset": name, "method": preset.method}
+def _pretrain_parser(preset: str) -> ArgumentParser:
+    parser = _command(
+        "Pre-train a Vision Transformer by masked image modelling.\n"
+        "Repeat the command to go on with a run that was interrupted.",
+        "pretrain [--preset NAME] [--method NAME] [--data.path PATH] [options]",
+        _EXAMPLES,
+    )
+    parser.add_argument("--config", action=ActionConfigFile, help="YAML file with any options.")
+    parser.add_class_arguments(Pretrain, as_group=False)
+    chosen = PRESETS[preset]
+    defaults = {"preset": preset, "method": chosen.method}
     for group in ("recipe", "efficiency", "evaluation"):
-        defaults |= {f"{group}.{key}": value for key, value in getattr(preset, group).items()}
-    return defaults
+        defaults |= {f"{group}.{key}": value for key, value in getattr(chosen, group).items()}
+    parser.set_defaults(defaults)
+    return parser
 
 
-def _pretrain(parser: ArgumentParser, options: Namespace) -> int:
-    given = parser.instantiate_classes(options).pretrain
+def _nearest_option(error: ArgumentError) -> str:
+    """Hint for an option that is not there, or nothing."""
+    known = [f"--{key}" for key, _ in _pretrain_parser(Pretrain.preset).get_defaults().items()]
+    found = re.search("unrecognized arguments:(.*)", str(error), re.IGNORECASE)
+    for word in found[1].split() if found else ():
+        name = word.partition("=")[0]
+        # By the last part too: --epochs means --recipe.epochs
+        near = [option for option in known if option.partition(".")[2] == name.strip("-")]
+        near += difflib.get_close_matches(name, known, n=1)
+        if near:
+            return f"\ndid you mean {near[0]}?"
+    return ""
+
+
+def _pretrain(call: _Call) -> int:
+    # Until jsonargparse 4.48 the method had its longer name.
+    instantiate = getattr(call.parser, "instantiate", None) or call.parser.instantiate_classes
+    given = instantiate(Namespace(command="pretrain", pretrain=call.options)).pretrain
     config = Pretrain(**{k: v for k, v in vars(given).items() if k != "config"})
     trainer = Trainer(config)
     try:
         outcome = trainer.run()
     except NonFiniteError as error:
-        console.print(f"error: {error}", markup=False)
-        return _EXIT_NON_FINITE
+        say(f"error: {error}")
+        return _NON_FINITE
     except TooManyBadImages as error:
-        console.print(f"error: {error}", markup=False)
-        return _EXIT_BAD_DATA
+        say(f"error: {error}")
+        return _BAD_DATA
     if not outcome.saved:
-        return _EXIT_NOT_SAVED
+        say(
+            f"error: the last checkpoint, of step {outcome.steps}, could not be written; make room "
+            "and repeat the command: it goes on from the newest checkpoint there is"
+        )
+        return _NOT_SAVED
     if not outcome.finished:
-        console.print(
-            f"stopped after step {outcome.steps} and saved; the same command with --resume auto "
-            f"(the default) and --output.name {outcome.folder.name} goes on from there",
-            markup=False,
+        say(
+            f"stopped after step {outcome.steps} and saved; to go on: fastmim pretrain --config "
+            f"{outcome.folder / 'config.yaml'}"
         )
-        return 130 if outcome.signal == signal.SIGINT else 0
-    if config.evaluation.knn_at_end and trainer.evaluation.possible:
-        _print_accuracies(
-            trainer.evaluation, compare(trainer.evaluation, trainer.method, config.recipe)
-        )
-    files = ", ".join(sorted(path.name for path in outcome.folder.iterdir()))
-    console.print(f"{outcome.folder} holds {files}", markup=False)
+        return _STOPPED if outcome.signal == signal.SIGINT else 0
+    _report(config, trainer, outcome)
     return 0
 
 
-def _knn(parser: ArgumentParser, options: Namespace) -> int:
-    given = options.knn
-    checkpoint, method, recipe = _restore(given.run)
-    config = Evaluation(**vars(given.evaluation))
-    data = checkpoint.state["config"]["data"]["path"]
-    source = open_source(data if config.bank is None else config.bank)
-    evaluation = KNNEvaluation(config, source, method.student.patch_embed.img_size)
-    if not evaluation.possible:
-        raise ValueError(
-            f"knn: kNN accuracy needs labels, and {source.describe()} has none; name labelled "
-            "images with --evaluation.bank"
-        )
-    _print_accuracies(evaluation, compare(evaluation, method, recipe))
-    return 0
+def _report(config: Pretrain, trainer: Trainer, outcome: Outcome) -> None:
+    evaluation = trainer.evaluation
+    if config.evaluation.knn_at_end and evaluation.obstacle:
+        say(f"no kNN accuracy: {evaluation.obstacle}")
+    elif config.evaluation.knn_at_end:
+        _print_accuracies(evaluation, compare(evaluation, trainer.method, trainer.identity))
+    files = sorted(path.name for path in outcome.folder.iterdir() if path.name[0] != ".")
+    say(f"{outcome.folder} holds {', '.join(files)}")
 
 
-def _visualize(parser: ArgumentParser, options: Namespace) -> int:
-    given = options.visualize
-    checkpoint, method, recipe = _restore(given.run)
-    config = checkpoint.state["config"]
-    source = open_source(given.images or config["data"]["path"])
-    path = write_reconstructions(
-        Path(given.out) if given.out else Path(given.run) / "reconstruction.png",
-        method,
-        source,
-        count=given.count,
-        mask_ratio=recipe.mask_ratio,
-        seed=given.seed,
-        crop_ratio=config["evaluation"]["crop_ratio"],
+def _knn(call: _Call) -> int:
+    checkpoint, method = restore_run(call.options.run)
+    chosen = call.parser.parse_args(call.argv, defaults=False).knn.get("evaluation", {})
+    ran = checkpoint.state["config"]
+    config = Evaluation(**{**ran["evaluation"], "knn_every": 0, **dict(chosen)})
+    embed = method.student.patch_embed
+    evaluation = KNNEvaluation(
+        replace(config, bank=None),
+        open_source(config.bank or ran["data"]["path"]),
+        image_size=embed.img_size,
+        channels=embed.in_chans,
     )
-    console.print(f"wrote {path}", markup=False)
+    if evaluation.obstacle:
+        raise ValueError(f"knn: {evaluation.obstacle}")
+    _print_accuracies(evaluation, compare(evaluation, method, checkpoint.state["identity"]))
     return 0
 
 
-def _presets(parser: ArgumentParser, options: Namespace) -> int:
+def _visualize(call: _Call) -> int:
+    given = call.options
+    checkpoint, method = restore_run(given.run)
+    ran = checkpoint.state["config"]
+    of_run = checkpoint.path.parent.name == CHECKPOINTS
+    folder = checkpoint.path.parent.parent if of_run else Path(given.run)
+    path = write_reconstructions(
+        Path(given.out) if given.out else folder / "reconstruction.png",
+        method,
+        open_source(given.images or ran["data"]["path"]),
+        count=given.count,
+        mask_ratio=method.mask_ratio,
+        seed=given.seed,
+        crop_ratio=ran["evaluation"]["crop_ratio"],
+    )
+    say(f"wrote {path}")
+    return 0
+
+
+def _presets(call: _Call) -> int:
     for name, preset in PRESETS.items():
-        print(f"{name:22}{preset.method:8}{preset.recipe['model']:26}{preset.source}")
+        recipe = preset.recipe
+        print(
+            f"{name:21}{preset.method}, {recipe['model']}, {recipe['epochs']} epochs, "
+            f"batch {recipe['batch_size']}\n{'':21}{preset.source}"
+        )
     return 0
 
 
-def _info(parser: ArgumentParser, options: Namespace) -> int:
-    print_report(json=options.info.json)
+def _info(call: _Call) -> int:
+    print_report(json=call.options.json)
     return 0
 
 
@@ -192,14 +296,9 @@ _COMMANDS = {
 }
 
 
-def _restore(run: str) -> tuple[Checkpoint, Method, Recipe]:
-    def warn(path: Path, reason: str) -> None:
-        console.print(f"warning: checkpoint {path.name} is refused: {reason}", markup=False)
-
-    return restore_run(run, on_invalid=warn)
-
-
 def _print_accuracies(evaluation: KNNEvaluation, accuracies: dict[str, float]) -> None:
-    console.print(f"kNN accuracy ({evaluation.describe()}):")
+    """On standard output, as results are; progress and messages go to standard error."""
+    print(f"kNN accuracy ({evaluation.describe()}):")
     for name, accuracy in accuracies.items():
-        console.print(f"  {name:20}{100 * accuracy:6.2f} %", markup=False)
+        print(f"  {name:24}{100 * accuracy:6.2f} %")
+    sys.stdout.flush()

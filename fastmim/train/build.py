@@ -1,7 +1,7 @@
 """From a configuration, or from a saved run, to the objects that train."""
 
+import hashlib
 import inspect
-from collections.abc import Callable
 from pathlib import Path
 
 import torch
@@ -10,10 +10,11 @@ from fastmim.data import Source
 from fastmim.methods import METHODS, Method
 from fastmim.models import MODELS, create_model, did_you_mean
 from fastmim.nn import MaskedAutoencoder
-from fastmim.train.checkpoint import Checkpoint, CheckpointError, check_parts, latest, load
+from fastmim.train.checkpoint import Checkpoint, CheckpointError, check_parts, load
 from fastmim.train.config import Recipe, recipe_from_dict
+from fastmim.train.folder import newest_checkpoint
 
-CHECKPOINTS = "checkpoints"  # folder within the folder of a run
+_NAMES = 1000  # of a data set, looked at to tell it from another one
 
 
 def build_autoencoder(
@@ -55,13 +56,32 @@ def build_method(name: str, recipe: Recipe, autoencoder: MaskedAutoencoder) -> M
     return cls(autoencoder, **{option: getattr(recipe, option) for option in known})
 
 
+def networks(method: Method) -> dict[str, MaskedAutoencoder]:
+    """Student and, where there is one, teacher."""
+    named = {"student": method.student}
+    if method.teacher is not None:
+        named["teacher"] = method.teacher.module
+    return named
+
+
 def run_identity(method: str, recipe: dict, source: Source) -> dict:
-    """What a checkpoint must agree in with the run that goes on from it."""
+    """What a checkpoint must agree in with the run that goes on from it.
+
+    Args:
+        method: Its name.
+        recipe: As plain values.
+        source: The images; told from others by number, kind, and names within their folder.
+    """
+    count = len(source)
+    names = [source.name(i * count // _NAMES) for i in range(_NAMES)]
     return {
         "method": method,
         "recipe": recipe,
         "data": {
-            "images": len(source),
+            "images": count,
+            "names": hashlib.sha256("\n".join(names).encode(errors="surrogateescape")).hexdigest()[
+                :16
+            ],
             "channels": source.channels,
             "mean": list(source.mean),
             "std": list(source.std),
@@ -75,9 +95,7 @@ def load_parts(method: Method, checkpoint: Checkpoint) -> None:
     Raises:
         CheckpointError: If a part is missing or names, shapes or dtypes differ.
     """
-    modules = {"student": method.student}
-    if method.teacher is not None:
-        modules["teacher"] = method.teacher.module
+    modules = networks(method)
     for part, module in modules.items():
         if part not in checkpoint.parts:
             raise CheckpointError(
@@ -89,33 +107,47 @@ def load_parts(method: Method, checkpoint: Checkpoint) -> None:
         module.load_state_dict(checkpoint.parts[part])
 
 
-def restore_run(
-    path: str | Path, *, on_invalid: Callable[[Path, str], None]
-) -> tuple[Checkpoint, Method, Recipe]:
+def untrained_network(identity: dict) -> MaskedAutoencoder:
+    """The network of a run as it was before training.
+
+    Args:
+        identity: From :func:`run_identity`.
+
+    Raises:
+        KeyError, TypeError: If it is something else.
+    """
+    data = identity["data"]
+    return build_autoencoder(
+        recipe_from_dict(identity["recipe"]),
+        data["channels"],
+        tuple(data["mean"]),
+        tuple(data["std"]),
+    )
+
+
+def restore_run(path: str | Path) -> tuple[Checkpoint, Method]:
     """The method of a saved run with its newest valid weights.
 
     Args:
         path: Folder of a run, or of one checkpoint.
-        on_invalid: Called with folder and reason for each checkpoint that is refused.
 
     Raises:
         CheckpointError: If there is no valid checkpoint.
     """
     path = Path(path)
-    if (path / "manifest.json").is_file():
-        checkpoint = load(path)
-    else:
-        checkpoint = latest(path / CHECKPOINTS, on_invalid=on_invalid)
-    if checkpoint is None:
+    found = load(path) if (path / "manifest.json").is_file() else newest_checkpoint(path)
+    if found is None:
         raise CheckpointError(
-            f"{path}: no valid checkpoint in {path / CHECKPOINTS}; expected the folder of a run "
-            "that fastmim pretrain has written"
+            f"{path}: holds no checkpoint; expected the folder of a run that fastmim pretrain has "
+            "written"
         )
-    identity = checkpoint.state["identity"]
-    recipe, data = recipe_from_dict(identity["recipe"]), identity["data"]
-    autoencoder = build_autoencoder(
-        recipe, data["channels"], tuple(data["mean"]), tuple(data["std"])
-    )
-    method = build_method(identity["method"], recipe, autoencoder)
-    load_parts(method, checkpoint)
-    return checkpoint, method, recipe
+    try:
+        identity = found.state["identity"]
+        recipe = recipe_from_dict(identity["recipe"])
+        method = build_method(identity["method"], recipe, untrained_network(identity))
+    except (KeyError, TypeError) as error:
+        raise CheckpointError(
+            f"{found.path}: not of a pre-training run, or of another version of fastmim: {error}"
+        ) from error
+    load_parts(method, found)
+    return found, method

@@ -1,9 +1,10 @@
 """Everything a run can be told. A recipe changes the result; efficiency must not."""
 
 import dataclasses
+import math
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Literal
+from typing import Literal, get_args, get_origin, get_type_hints
 
 
 @dataclass(frozen=True)
@@ -31,7 +32,8 @@ class Recipe:
         gamma: Weight of the teacher's consistency term (RC-MAE).
         momentum: Of the EMA teacher at the start of the run (RC-MAE).
         momentum_schedule: cosine: to 1 over the run, after every optimizer step. official: what
-            the released code does, restarted every epoch and applied after every micro-batch.
+            the released code does, restarted every epoch and applied after every micro-batch, so
+            that efficiency.micro_batch changes the result.
         seed: Of initial weights, order, crops and masks.
     """
 
@@ -57,25 +59,25 @@ class Recipe:
     seed: int = 0
 
     def __post_init__(self) -> None:
-        _require(self.epochs >= 1, "recipe.epochs", "at least 1", self.epochs)
-        _require(self.batch_size >= 1, "recipe.batch_size", "at least 1", self.batch_size)
-        _require(
-            0 <= self.warmup_epochs <= self.epochs,
-            "recipe.warmup_epochs",
-            f"between 0 and recipe.epochs = {self.epochs}",
-            self.warmup_epochs,
-        )
-        _require(self.base_lr > 0, "recipe.base_lr", "positive", self.base_lr)
-        _require(
-            self.min_lr <= self.lr, "recipe.min_lr", f"at most the lr of {self.lr}", self.min_lr
-        )
-        _require(0 < self.mask_ratio < 1, "recipe.mask_ratio", "between 0 and 1", self.mask_ratio)
-        _require(0 <= self.momentum <= 1, "recipe.momentum", "in [0, 1]", self.momentum)
-        _require(
-            self.clip_grad is None or self.clip_grad > 0,
-            "recipe.clip_grad",
-            "positive or none",
-            self.clip_grad,
+        _check(
+            "recipe.",
+            self,
+            mask_ratio=(0 < self.mask_ratio < 1, "between 0 and 1"),
+            epochs=(self.epochs >= 1, "at least 1"),
+            warmup_epochs=(
+                0 <= self.warmup_epochs <= self.epochs,
+                f"between 0 and recipe.epochs, which is {self.epochs}",
+            ),
+            batch_size=(self.batch_size >= 1, "at least 1"),
+            base_lr=(0 < self.base_lr < math.inf, "a positive number"),
+            min_lr=(0 <= self.min_lr <= self.lr, f"between 0 and the peak of {self.lr:g}"),
+            weight_decay=(0 <= self.weight_decay < math.inf, "at least 0"),
+            betas=(all(0 <= beta < 1 for beta in self.betas), "two numbers in [0, 1)"),
+            adam_eps=(0 < self.adam_eps < math.inf, "a positive number"),
+            clip_grad=(self.clip_grad is None or self.clip_grad > 0, "positive, or null"),
+            gamma=(0 <= self.gamma < math.inf, "at least 0"),
+            momentum=(0 <= self.momentum <= 1, "between 0 and 1"),
+            seed=(0 <= self.seed < 2**63, "in [0, 2**63)"),
         )
 
     @property
@@ -104,6 +106,16 @@ class Efficiency:
     threads: int | None = None
     device: str = "auto"
 
+    def __post_init__(self) -> None:
+        micro_batch, threads = self.micro_batch, self.threads
+        _check(
+            "efficiency.",
+            self,
+            micro_batch=(micro_batch is None or micro_batch >= 1, "at least 1, or null"),
+            workers=(self.workers >= 0, "at least 0"),
+            threads=(threads is None or threads >= 1, "at least 1, or null"),
+        )
+
 
 @dataclass(frozen=True)
 class Data:
@@ -117,6 +129,10 @@ class Data:
 
     path: str = "digits"
     max_bad_fraction: float = 1e-3
+
+    def __post_init__(self) -> None:
+        fraction = self.max_bad_fraction
+        _check("data.", self, max_bad_fraction=(0 <= fraction <= 1, "between 0 and 1"))
 
 
 @dataclass(frozen=True)
@@ -144,6 +160,17 @@ class Evaluation:
     temperature: float = 0.07
     crop_ratio: float = 1.0
 
+    def __post_init__(self) -> None:
+        _check(
+            "evaluation.",
+            self,
+            knn_every=(self.knn_every >= 0, "at least 0"),
+            limit=(self.limit >= 0, "at least 0"),
+            k=(self.k >= 1, "at least 1"),
+            temperature=(0 < self.temperature < math.inf, "a positive number"),
+            crop_ratio=(0 < self.crop_ratio <= 1, "above 0 and at most 1"),
+        )
+
 
 @dataclass(frozen=True)
 class Output:
@@ -166,6 +193,17 @@ class Output:
     checkpoint_minutes: float = 10.0
     keep: int = 2
     pictures: int = 8
+
+    def __post_init__(self) -> None:
+        _check(
+            "output.",
+            self,
+            log_every=(self.log_every >= 1, "at least 1"),
+            checkpoint_every=(self.checkpoint_every >= 0, "at least 0"),
+            checkpoint_minutes=(self.checkpoint_minutes >= 0, "at least 0"),
+            keep=(self.keep >= 1, "at least 1"),
+            pictures=(self.pictures >= 0, "at least 0"),
+        )
 
 
 @dataclass(frozen=True)
@@ -197,6 +235,15 @@ class Pretrain:
     evaluation: Evaluation = field(default_factory=Evaluation)
     output: Output = field(default_factory=Output)
 
+    def __post_init__(self) -> None:
+        stop_after = self.stop_after
+        _check(
+            "",
+            self,
+            max_bad_steps=(self.max_bad_steps >= 1, "at least 1"),
+            stop_after=(stop_after is None or stop_after >= 1, "at least 1, or null"),
+        )
+
 
 def to_dict(config) -> dict:
     """Nested plain values of a configuration, ready for JSON and YAML."""
@@ -216,6 +263,12 @@ def recipe_from_dict(values: dict) -> Recipe:
     return Recipe(**{k: tuple(v) if isinstance(v, list) else v for k, v in values.items()})
 
 
-def _require(condition: bool, name: str, expected: str, got) -> None:
-    if not condition:
-        raise ValueError(f"{name}: expected {expected}, got {got}")
+def _check(prefix: str, config, **rules: tuple[bool, str]) -> None:
+    """Refuse a configuration by the first option that breaks its rule (holds, what it says)."""
+    for name, hint in get_type_hints(type(config)).items():
+        if get_origin(hint) is Literal:
+            words = get_args(hint)
+            rules[name] = (getattr(config, name) in words, " or ".join(words))
+    for name, (holds, expected) in rules.items():
+        if not holds:
+            raise ValueError(f"{prefix}{name}: expected {expected}, got {getattr(config, name)}")

@@ -1,6 +1,7 @@
 """One optimizer step of any method: masks, forward, backward, guarded update. Writes no files."""
 
 import contextlib
+import math
 from collections.abc import Iterable
 from typing import NamedTuple, Protocol
 
@@ -47,22 +48,24 @@ def resolve_device(device: str) -> torch.device:
     """The device meant by ``auto``, or the one named.
 
     Raises:
-        ValueError: If the name is no device, or a GPU is asked for and there is none.
+        ValueError: If the name is no device, or a GPU is asked for that is not there.
     """
     if device == "auto":
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    try:
-        found = torch.device(device)
-    except RuntimeError as error:
+    name, _, number = device.partition(":")
+    if name not in ("cpu", "cuda") or not (number or "0").isdecimal():
+        raise ValueError(f"efficiency.device: expected auto, cpu, cuda or cuda:N, got '{device}'")
+    if name == "cuda" and not torch.cuda.is_available():
         raise ValueError(
-            f"efficiency.device: expected auto, cpu or cuda, got '{device}'"
-        ) from error
-    if found.type == "cuda" and not torch.cuda.is_available():
-        raise ValueError(
-            f"efficiency.device: '{device}' was asked for, but this torch sees no GPU; "
-            "use auto or cpu, or install a CUDA build of torch"
+            f"efficiency.device: '{device}' was asked for, but torch {torch.__version__} sees no "
+            "GPU; use auto or cpu, or install a CUDA build of torch and its driver"
         )
-    return found
+    if name == "cuda" and int(number or 0) >= torch.cuda.device_count():
+        raise ValueError(
+            f"efficiency.device: '{device}' was asked for, but there are "
+            f"{torch.cuda.device_count()} GPUs, counted from 0"
+        )
+    return torch.device(device)
 
 
 def resolve_precision(precision: str, device: torch.device, width: int) -> str:
@@ -72,9 +75,14 @@ def resolve_precision(precision: str, device: torch.device, width: int) -> str:
         precision: auto, fp32 or bf16.
         device: Where the model runs.
         width: Of the encoder.
+
+    Raises:
+        ValueError: If the precision is none of these.
     """
-    if precision != "auto":
+    if precision in ("fp32", "bf16"):
         return precision
+    if precision != "auto":
+        raise ValueError(f"efficiency.precision: expected auto, fp32 or bf16, got '{precision}'")
     if device.type == "cuda":
         return "bf16" if torch.cuda.is_bf16_supported() else "fp32"
     native = device.type == "cpu" and torch.cpu.get_capabilities().get("avx512_bf16", False)
@@ -100,7 +108,9 @@ class Engine:
         self.steps_per_epoch = steps_per_epoch
         self.num_keep = num_keep(method.student.num_patches, recipe.mask_ratio)
         self.device = next(method.student.parameters()).device
-        self._per_step = method.teacher is not None and recipe.momentum_schedule == "cosine"
+        official = recipe.momentum_schedule == "official"
+        self._per_step = method.teacher is not None and not official
+        self._per_micro_step = method.teacher is not None and official
         pairs = method.teacher.pairs(method.student) if self._per_step else {}
         groups = param_groups(method.student.named_parameters(), recipe.weight_decay)
         self.optimizer = AdamWEMA(
@@ -128,30 +138,36 @@ class Engine:
         )
 
     def run_step(self, step: int, batches: Iterable[MicroBatch], count: int = 1) -> StepResult:
-        """Do optimizer step number ``step``.
+        """Do optimizer step number ``step``: all of it, or nothing if something is not finite.
 
         Args:
             step: Global step, from 0; schedules depend on nothing else.
-            batches: The micro-batches of this step.
+            batches: The micro-batches of this step, of one size; taken one at a time.
             count: How many they are.
         """
         sums: dict[str, Tensor] = {}
         self.optimizer.zero_grad()
-        for i, batch in enumerate(batches):
+        before = self._copy_teacher() if self._per_micro_step and count > 1 else None
+        for i, batch in zip(range(count), batches, strict=True):
             imgs = batch.imgs.to(self.device, non_blocking=True)
             with self._autocast():
                 losses = self.method(imgs, self.masks(batch))
             (losses.total / count).backward()
             for name, value in {"loss": losses.total.detach(), **losses.terms}.items():
-                sums[name] = sums.get(name, 0.0) + value.detach() / count
-            if i < count - 1 and bool(torch.isfinite(losses.total.detach())):
-                self._follow_micro_step(step, i, count)
-        return self._update(step, count, sums)
+                sums[name] = sums.get(name, 0.0) + value / count
+            if self._per_micro_step and i < count - 1:
+                self._follow(step, i, count)
+        result = self._update(step, count, sums)
+        if not result.skipped:
+            self._follow(step, count - 1, count)
+        elif before is not None:
+            self._restore_teacher(before)
+        return result
 
     def _update(self, step: int, count: int, sums: dict[str, Tensor]) -> StepResult:
+        """AdamW on the gradients that are there, and the teacher's EMA in the same pass."""
         recipe = self.recipe
         norm = torch.nn.utils.get_total_norm(self.optimizer.grads())
-        finite = torch.isfinite(sums["loss"]) & torch.isfinite(norm)
         scale = 1.0
         if recipe.clip_grad is not None:
             scale = (recipe.clip_grad / (norm.double() + 1e-6)).clamp(max=1.0)
@@ -167,17 +183,14 @@ class Engine:
             lr=lr,
             momentum=momentum if self._per_step else 1.0,
             grad_scale=scale,
-            skip=~finite,
+            skip=~(torch.isfinite(sums["loss"]) & torch.isfinite(norm)),
         )
-        skipped = not bool(finite)
-        if not skipped and self._frozen_pairs:  # position tables, averaged like the rest
-            teachers, students = zip(*self._frozen_pairs, strict=True)
-            ema_update_(teachers, students, momentum)
-        if not skipped:
-            self._follow_micro_step(step, count - 1, count)
         self.optimizer.zero_grad()
-        values = {name: float(value) for name, value in sums.items()}
-        return StepResult(values, lr, momentum, float(norm), skipped)
+        # The only wait for the device, after all of the step is queued.
+        grad_norm, *values = torch.stack([norm, *sums.values()]).tolist()
+        losses = dict(zip(sums, values, strict=True))
+        skipped = not (math.isfinite(losses["loss"]) and math.isfinite(grad_norm))
+        return StepResult(losses, lr, momentum, grad_norm, skipped)
 
     def momentum_at(self, step: int, micro_step: int, count: int) -> float | None:
         """Momentum of the teacher after a micro-batch; None without a teacher.
@@ -195,11 +208,26 @@ class Engine:
         within = (step % self.steps_per_epoch) * count + micro_step
         return self.method.teacher_momentum(within / (self.total_steps * count))
 
-    def _follow_micro_step(self, step: int, micro_step: int, count: int) -> None:
-        """The released code's update, after every micro-batch with a finite loss."""
-        if self.method.teacher is not None and not self._per_step:
-            momentum = self.momentum_at(step, micro_step, count)
-            self.method.teacher.update_(self.method.student, momentum)
+    def _follow(self, step: int, micro_step: int, count: int) -> None:
+        """Move what the optimizer's pass does not: frozen tables; all of the teacher if official.
+
+        The released code updates the teacher after every micro-batch.
+        """
+        if self._per_micro_step:
+            self.method.teacher.update_(
+                self.method.student, self.momentum_at(step, micro_step, count)
+            )
+        elif self._frozen_pairs:
+            teachers, students = zip(*self._frozen_pairs, strict=True)
+            ema_update_(teachers, students, self.momentum_at(step, micro_step, count))
+
+    def _copy_teacher(self) -> list[Tensor]:
+        return [tensor.clone() for tensor in self.method.teacher.module.state_dict().values()]
+
+    def _restore_teacher(self, tensors: list[Tensor]) -> None:
+        state = self.method.teacher.module.state_dict().values()
+        for tensor, before in zip(state, tensors, strict=True):
+            tensor.copy_(before)
 
     def _autocast(self) -> contextlib.AbstractContextManager:
         if self.precision == "fp32":

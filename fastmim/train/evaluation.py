@@ -1,15 +1,16 @@
 """kNN accuracy during a run and at its end."""
 
-import torch
+from collections.abc import Callable
 
 from fastmim.data import Source, eval_batches, open_source
 from fastmim.eval import FeatureBank, extract_features, knn_accuracy, pixel_features
 from fastmim.methods import Method
 from fastmim.nn import Encoder
-from fastmim.train.build import build_autoencoder
-from fastmim.train.config import Evaluation, Recipe
+from fastmim.train.build import networks, untrained_network
+from fastmim.train.config import Evaluation
 
 _BATCH = 256
+_PIXEL_SIDE = 64  # longest side of the images whose pixels are features: 10 000 take 0.5 GiB
 
 
 class KNNEvaluation:
@@ -17,38 +18,61 @@ class KNNEvaluation:
 
     Args:
         config: Where the labelled images are, and how many neighbours vote.
-        source: The training images: the bank if the configuration names no other.
+        source: The bank if the configuration names none.
         image_size: Height and width that the network sees.
+        channels: That the network sees.
+        workers: Processes that load images; 0: this one.
+        on_bad: Called with name and reason of each image that cannot be read and is left out.
+
+    Attributes:
+        obstacle: Why there can be no accuracy, such as images without labels; None if there can.
 
     Raises:
-        ValueError: If accuracy is asked for during the run and there are no labels, or the bank's
-            images have other channels than the training images.
+        ValueError: If accuracy is asked for during the run and there is an obstacle, or the images
+            have other channels than the network.
     """
 
-    def __init__(self, config: Evaluation, source: Source, image_size: tuple[int, int]) -> None:
+    def __init__(
+        self,
+        config: Evaluation,
+        source: Source,
+        *,
+        image_size: tuple[int, int],
+        channels: int,
+        workers: int = 0,
+        on_bad: Callable[[str, str], None] | None = None,
+    ) -> None:
         self.config = config
         self.image_size = image_size
-        self.mean, self.std = source.mean, source.std
+        self.workers = workers
+        self.on_bad = on_bad
         self.bank = source if config.bank is None else open_source(config.bank)
         self.queries = None if config.queries is None else open_source(config.queries)
         for name, images in (("bank", self.bank), ("queries", self.queries)):
-            if images is not None and images.channels != source.channels:
+            if images is not None and images.channels != channels:
                 raise ValueError(
-                    f"evaluation.{name}: its images have {images.channels} channels, the training "
-                    f"images {source.channels}"
+                    f"evaluation.{name}: the images have {images.channels} channels, the network "
+                    f"takes {channels}"
                 )
-        if config.knn_every and not self.possible:
+        self.obstacle = self._find_obstacle()
+        if config.knn_every and self.obstacle:
             raise ValueError(
-                "evaluation.knn_every: kNN accuracy needs labels, and "
-                f"{self.bank.describe()} has none; name labelled images with evaluation.bank, or "
-                "set evaluation.knn_every to 0"
+                f"evaluation.knn_every: kNN accuracy cannot be measured: {self.obstacle}, or set "
+                "evaluation.knn_every to 0"
             )
 
-    @property
-    def possible(self) -> bool:
-        """Whether there are labels."""
-        sources = [self.bank] if self.queries is None else [self.bank, self.queries]
-        return all(s.labels is not None for s in sources)
+    def _find_obstacle(self) -> str | None:
+        for images in (self.bank, self.queries):
+            if images is not None and not _labelled(images):
+                return f"there are no labels in {images.describe()}; name labelled images"
+        neighbours = min(_labelled(self.bank), self.config.limit or len(self.bank))
+        neighbours -= self.queries is None  # an image is no neighbour of itself
+        if self.config.k > neighbours:
+            return (
+                f"evaluation.k is {self.config.k}, and there are {neighbours} labelled neighbours; "
+                "use a smaller k or more images"
+            )
+        return None
 
     def describe(self) -> str:
         """One line on what is searched and what is classified."""
@@ -66,31 +90,40 @@ class KNNEvaluation:
     def _features(self, encoder: Encoder | None, source: Source, limit: int | None) -> FeatureBank:
         batches = eval_batches(
             source,
-            image_size=self.image_size,
+            image_size=self.pixel_size if encoder is None else self.image_size,
             batch_size=_BATCH,
             crop_ratio=self.config.crop_ratio,
             limit=limit,
+            workers=self.workers,
+            on_bad=self.on_bad,
         )
-        if encoder is None:
-            return pixel_features(batches)
-        with torch.inference_mode():
-            return extract_features(encoder, batches)
+        return pixel_features(batches) if encoder is None else extract_features(encoder, batches)
+
+    @property
+    def pixel_size(self) -> tuple[int, int]:
+        """Height and width of the images whose raw pixels are compared."""
+        shrink = min(1.0, _PIXEL_SIDE / max(self.image_size))
+        height, width = self.image_size
+        return max(1, round(shrink * height)), max(1, round(shrink * width))
 
 
-def compare(evaluation: KNNEvaluation, method: Method, recipe: Recipe) -> dict[str, float]:
+def _labelled(source: Source) -> int:
+    return 0 if source.labels is None else int((source.labels >= 0).sum())
+
+
+def compare(evaluation: KNNEvaluation, method: Method, identity: dict) -> dict[str, float]:
     """kNN accuracy of teacher, student, the same network before training, and raw pixels.
 
     Args:
         evaluation: What is searched and classified.
         method: Trained.
-        recipe: That it was trained with; the untrained network is built from it.
+        identity: Of its run, from which the untrained network is built.
     """
-    embed = method.student.patch_embed
-    untrained = build_autoencoder(recipe, embed.in_chans, evaluation.mean, evaluation.std)
-    found = {}
-    if method.teacher is not None:
-        found["teacher"] = evaluation.accuracy(method.teacher.module)
-    found["student"] = evaluation.accuracy(method.student)
-    found["untrained network"] = evaluation.accuracy(untrained)
-    found["raw pixels"] = evaluation.accuracy(None)
-    return found
+    encoders = dict(reversed(networks(method).items()))
+    device = method.student.patch_embed.proj.weight.device
+    encoders["untrained network"] = untrained_network(identity).to(device)
+    height, width = evaluation.pixel_size
+    return {
+        **{name: evaluation.accuracy(encoder) for name, encoder in encoders.items()},
+        f"raw pixels, {height} x {width}": evaluation.accuracy(None),
+    }

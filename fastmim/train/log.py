@@ -8,18 +8,29 @@ import sys
 import time
 from collections import deque
 from collections.abc import Iterator
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
-from rich.console import Console
-from rich.progress import BarColumn, Progress, TextColumn
+from rich.console import Console, Group
+from rich.live import Live
+from rich.progress_bar import ProgressBar
+from rich.table import Table
+from rich.text import Text
 
 from fastmim.train.engine import StepResult
 
-_PLAIN_SECONDS = 10.0  # between progress lines where there is no terminal
-_WINDOW = 20  # steps over which the rate on the progress line is taken
+_PLAIN_SECONDS = 10.0  # at most between progress lines where there is no terminal
+_LIVE_SECONDS = 0.1  # at least between redraws on a terminal
+_RECENT = 20  # steps over which the rate on the progress line is taken
+_BAR = 16  # columns
 
-console = Console(file=sys.stderr, highlight=False, soft_wrap=True)
+_console = Console(stderr=True)
+
+
+def say(text: str) -> None:
+    """Print for a person, on standard error, above the progress line if there is one."""
+    _console.print(text, markup=False, highlight=False, soft_wrap=True)
 
 
 def memory_gib(device: torch.device) -> tuple[float, float]:
@@ -29,18 +40,22 @@ def memory_gib(device: torch.device) -> tuple[float, float]:
             torch.cuda.memory_allocated(device) / 2**30,
             torch.cuda.max_memory_allocated(device) / 2**30,
         )
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss  # KiB; bytes on macOS
-    peak_bytes = peak if sys.platform == "darwin" else peak * 1024
     try:
-        pages = int(Path("/proc/self/statm").read_text().split()[1])
-        now_bytes = pages * os.sysconf("SC_PAGE_SIZE")
-    except OSError:
-        now_bytes = peak_bytes
-    return now_bytes / 2**30, peak_bytes / 2**30
+        # Not getrusage's peak: on Linux that one starts as the peak of the process that forked.
+        lines = Path("/proc/self/status").read_text().splitlines()
+        kib = {name: text for name, _, text in (line.partition(":") for line in lines)}
+        return tuple(int(kib[name].split()[0]) / 2**20 for name in ("VmRSS", "VmHWM"))
+    except (OSError, KeyError):  # no Linux
+        peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+        peak = peak / 2**30 if sys.platform == "darwin" else peak / 2**20  # bytes there, else KiB
+        return peak, peak
 
 
 class Metrics:
     """Lines of metrics.jsonl: means over ``log_every`` steps, and anything else with a step.
+
+    A line is one write, so a kill leaves whole lines. One that cannot be written, as on a full
+    disk, is told once and left out: training is worth more than its log.
 
     Args:
         path: The file; lines of later steps than ``step`` are dropped, for they will come again.
@@ -48,12 +63,13 @@ class Metrics:
     """
 
     def __init__(self, path: Path, step: int) -> None:
-        kept = [line for line in _lines(path) if line["step"] <= step]
+        kept = [line for line in read_metrics(path) if line["step"] <= step]
         temporary = path.with_suffix(".tmp")
         temporary.write_text("".join(json.dumps(line) + "\n" for line in kept))
         os.replace(temporary, path)
         self.path = path
-        self._file = open(path, "a", buffering=1)  # noqa: SIM115 - lives as long as the run
+        self._file = open(path, "ab", buffering=0)  # noqa: SIM115 - lives as long as the run
+        self._torn = self._told = False
 
     def write(self, step: int, values: dict) -> None:
         """Append one line; numbers that are not finite become null."""
@@ -61,17 +77,28 @@ class Metrics:
             k: None if isinstance(v, float) and not math.isfinite(v) else v
             for k, v in values.items()
         }
-        self._file.write(json.dumps({"step": step, **finite}) + "\n")
+        # A line that was cut short is ended first: only that one is lost to a reader.
+        line = b"\n" * self._torn + json.dumps({"step": step, **finite}).encode() + b"\n"
+        try:
+            self._torn = self._file.write(line) < len(line)
+        except OSError as error:
+            if not self._told:
+                say(f"warning: {self.path} lacks lines from step {step} on: {error.strerror}")
+            self._told = True
 
     def close(self) -> None:
         self._file.close()
 
 
+def read_metrics(path: Path) -> list[dict]:
+    """All whole lines of a metrics file; one that was cut short is left out."""
+    return list(_lines(path))
+
+
 def _lines(path: Path) -> Iterator[dict]:
-    """Whole lines of a metrics file; a line cut by a kill is left out."""
     if not path.exists():
         return
-    for text in path.read_text().splitlines():
+    for text in path.read_text(errors="replace").splitlines():
         try:
             line = json.loads(text)
         except json.JSONDecodeError:
@@ -80,9 +107,32 @@ def _lines(path: Path) -> Iterator[dict]:
             yield line
 
 
-def read_metrics(path: Path) -> list[dict]:
-    """All lines of a metrics file."""
-    return list(_lines(path))
+@dataclass
+class Window:
+    """Sums over the steps since the last line of metrics.jsonl.
+
+    Part of a checkpoint, so that the lines after a resumption are those of the unbroken run.
+    """
+
+    steps: int = 0
+    skipped: int = 0
+    seconds: float = 0.0
+    wait: float = 0.0
+    losses: dict[str, float] = field(default_factory=dict)  # over the steps that were not skipped
+
+    def add(self, result: StepResult, seconds: float, wait: float) -> None:
+        self.steps += 1
+        self.skipped += result.skipped
+        self.seconds += seconds
+        self.wait += wait
+        for name, value in result.losses.items():
+            self.losses.setdefault(name, 0.0)
+            if not result.skipped:
+                self.losses[name] += value
+
+    def means(self) -> dict[str, float]:
+        good = self.steps - self.skipped
+        return {name: total / good if good else math.nan for name, total in self.losses.items()}
 
 
 class RunLog:
@@ -90,6 +140,7 @@ class RunLog:
 
     Args:
         metrics: Where lines go.
+        window: Of the checkpoint that the run goes on from, or an empty one.
         device: Whose memory is shown.
         first_step: Steps done before.
         total_steps: Steps of the run.
@@ -101,6 +152,7 @@ class RunLog:
     def __init__(
         self,
         metrics: Metrics,
+        window: Window,
         *,
         device: torch.device,
         first_step: int,
@@ -110,24 +162,22 @@ class RunLog:
         log_every: int,
     ) -> None:
         self.metrics = metrics
+        self.window = window
         self.device = device
         self.total_steps = total_steps
         self.steps_per_epoch = steps_per_epoch
         self.batch_size = batch_size
         self.log_every = log_every
-        self._window: list[StepResult] = []
-        self._last_print = time.perf_counter()
-        self._seconds = self._wait = 0.0
-        self._recent: deque[tuple[float, float]] = deque(maxlen=_WINDOW)  # seconds, of them waiting
-        self._progress = Progress(
-            BarColumn(bar_width=16),
-            TextColumn("{task.description}"),
-            console=console,
-            transient=True,
-            disable=not console.is_terminal,
-        )
-        self._task = self._progress.add_task("first step", total=total_steps, completed=first_step)
-        self._progress.start()
+        self._recent: deque[tuple[float, float]] = deque(maxlen=_RECENT)  # seconds, of them waiting
+        self._done = first_step
+        self._losses: dict[str, float] = {}
+        self._shown = -math.inf  # when the progress line was last drawn
+        self._current = True  # whether it shows the last step
+        self._live: Live | None = None
+        if _console.is_terminal and not _console.is_dumb_terminal:
+            # Redrawn by the steps: a thread that draws would be forked with the loader's workers.
+            self._live = Live(console=_console, auto_refresh=False, transient=True)
+            self._live.start()
 
     def step(self, done: int, result: StepResult, seconds: float, wait: float) -> None:
         """Take in one optimizer step.
@@ -138,67 +188,91 @@ class RunLog:
             seconds: The step took, waiting included.
             wait: Of these, waiting for images.
         """
+        self._done, self._losses = done, result.losses
         self._recent.append((seconds, wait))
-        self._window.append(result)
-        self._seconds += seconds
-        self._wait += wait
+        self.window.add(result, seconds, wait)
         if done % self.log_every == 0 or done == self.total_steps:
-            self._write(done)
-        text = self._line(done, result)
-        self._progress.update(self._task, completed=done, description=text)
-        now = time.perf_counter()
-        due = now - self._last_print > _PLAIN_SECONDS
-        if not console.is_terminal and (due or done == self.total_steps):
-            console.print(text)
-            self._last_print = now
+            self._write(result)
+        self._current = False
+        pause = _PLAIN_SECONDS if self._live is None else _LIVE_SECONDS
+        late = time.perf_counter() + seconds - self._shown > pause  # if the next step were awaited
+        if late or done == self.total_steps:
+            self._show()
 
-    def _write(self, done: int) -> None:
-        seconds, count = self._seconds, len(self._window)
-        good = [r for r in self._window if not r.skipped]
-        last = self._window[-1]
-        means = {
-            name: sum(r.losses[name] for r in good) / len(good) if good else math.nan
-            for name in last.losses
-        }
+    def _write(self, result: StepResult) -> None:
+        window = self.window
         self.metrics.write(
-            done,
+            self._done,
             {
-                "epoch": round(done / self.steps_per_epoch, 4),
-                **means,
-                "lr": last.lr,
-                "momentum": last.momentum,
-                "grad_norm": last.grad_norm,
-                "skipped_steps": count - len(good),
-                "images_per_second": round(count * self.batch_size / seconds, 2),
-                "data_wait": round(self._wait / seconds, 4),
+                "epoch": round(self._done / self.steps_per_epoch, 4),
+                **window.means(),
+                "lr": result.lr,
+                "momentum": result.momentum,
+                "grad_norm": result.grad_norm,
+                "skipped_steps": window.skipped,
+                "images_per_second": round(window.steps * self.batch_size / window.seconds, 2),
+                "data_wait": round(window.wait / window.seconds, 4),
                 "peak_memory_gib": round(memory_gib(self.device)[1], 3),
-                "seconds": round(seconds, 3),
+                "seconds": round(window.seconds, 3),
             },
         )
-        self._window.clear()
-        self._seconds = self._wait = 0.0
+        self.window = Window()
 
-    def _line(self, done: int, result: StepResult) -> str:
+    def _show(self) -> None:
+        self._shown, self._current = time.perf_counter(), True
+        place, values = self._fields()
+        if self._live is None:
+            say("  ".join([*place[:2], *values, *place[2:]]))
+            return
+        width, first = _console.width, "  ".join(place)
+        if _BAR + 1 + len(first) > width:
+            self._live.update(Text("\n".join(_pack([*place, *values], width))), refresh=True)
+            return
+        row = Table.grid(padding=(0, 1))
+        row.add_row(ProgressBar(self.total_steps, self._done, width=_BAR), Text(first))
+        below = Text("\n".join(_pack(values, width)))
+        self._live.update(Group(row, below), refresh=True)
+
+    def _fields(self) -> tuple[list[str], list[str]]:
+        """What tells the place in the run, and what was measured."""
         seconds = sum(s for s, _ in self._recent)
         wait = sum(w for _, w in self._recent)
         per_step = seconds / len(self._recent)
-        losses = "  ".join(f"{name} {value:.4f}" for name, value in result.losses.items())
+        rate = self.batch_size / per_step
         now, peak = memory_gib(self.device)
-        return (
-            f"step {done}/{self.total_steps}  epoch {done / self.steps_per_epoch:.1f}  {losses}  "
-            f"{self.batch_size / per_step:.0f} images/s  data wait {100 * wait / seconds:.0f}%  "
-            f"{now:.2f} GiB (peak {peak:.2f})  "
-            f"ETA {duration((self.total_steps - done) * per_step)}"
-        )
-
-    def say(self, text: str) -> None:
-        """Print above the progress line."""
-        console.print(text, markup=False)
+        place = [
+            f"step {self._done}/{self.total_steps}",
+            f"epoch {self._done / self.steps_per_epoch:.1f}",
+            f"memory {now:.2f} GiB (peak {peak:.2f})",
+            f"ETA {duration((self.total_steps - self._done) * per_step)}",
+        ]
+        values = [
+            *(f"{name} {value:.4f}" for name, value in self._losses.items()),
+            f"{rate:.{0 if rate >= 10 else 1}f} images/s",
+            f"data wait {100 * wait / seconds:.0f}%",
+        ]
+        return place, values
 
     def close(self) -> None:
-        """End the progress line and close the file."""
-        self._progress.stop()
+        """Leave the progress line of the last step behind, and close the file."""
+        if self._live is not None:
+            self._live.stop()
+            self._live = None
+            self._current = not self._recent
+        if not self._current:
+            self._show()
         self.metrics.close()
+
+
+def _pack(fields: list[str], width: int) -> list[str]:
+    """Lines of at most ``width`` columns; a field is never split."""
+    lines: list[str] = []
+    for text in fields:
+        if lines and len(lines[-1]) + 2 + len(text) <= width:
+            lines[-1] += "  " + text
+        else:
+            lines.append(text)
+    return lines
 
 
 def duration(seconds: float) -> str:

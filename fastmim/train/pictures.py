@@ -1,5 +1,6 @@
 """loss.png and reconstruction.png of a run."""
 
+from collections.abc import Callable
 from pathlib import Path
 
 import torch
@@ -8,15 +9,8 @@ from fastmim.data import Source, eval_batches
 from fastmim.eval import line_chart, reconstruction_picture
 from fastmim.methods import Method
 from fastmim.ops import num_keep, sample_masks
+from fastmim.train.build import networks
 from fastmim.train.log import read_metrics
-
-
-def networks(method: Method) -> dict:
-    """Student and, where there is one, teacher."""
-    named = {"student": method.student}
-    if method.teacher is not None:
-        named["teacher"] = method.teacher.module
-    return named
 
 
 def write_loss_chart(folder: Path) -> Path:
@@ -44,6 +38,7 @@ def write_reconstructions(
     mask_ratio: float,
     seed: int,
     crop_ratio: float,
+    on_bad: Callable[[str, str], None] | None = None,
 ) -> Path:
     """Picture of some images: original, masked, student and teacher.
 
@@ -55,16 +50,29 @@ def write_reconstructions(
         mask_ratio: Fraction of patches removed.
         seed: Of the masks.
         crop_ratio: Crop size divided by the size to which the short side is resized.
+        on_bad: Called with name and reason of each image that cannot be read and is left out.
+
+    Raises:
+        ValueError: If the images have other channels than the network, or none can be read.
     """
     student = method.student
+    if source.channels != student.patch_embed.in_chans:
+        raise ValueError(
+            f"write_reconstructions: the images have {source.channels} channels, the network takes "
+            f"{student.patch_embed.in_chans}"
+        )
     batches = eval_batches(
         source,
         image_size=student.patch_embed.img_size,
         batch_size=count,
         crop_ratio=crop_ratio,
         limit=count,
+        on_bad=on_bad,
     )
-    imgs, _, indices = next(iter(batches))
+    found = next(batches, None)
+    if found is None:
+        raise ValueError(f"write_reconstructions: {count} images tried, none of them can be read")
+    imgs, _, indices = found
     kept = num_keep(student.num_patches, mask_ratio)
     masks = sample_masks(seed, 0, indices, student.num_patches, kept)
     with torch.inference_mode():

@@ -6,31 +6,32 @@ import os
 import signal
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from dataclasses import asdict
+from itertools import islice
 from pathlib import Path
 from typing import NamedTuple
 
 import torch
-import yaml
 from torch import Tensor
 
-from fastmim.data import Augmentation, PretrainLoader, Source, open_source
+from fastmim.data import Augmentation, Batch, PretrainLoader, Source, open_source
+from fastmim.nn import MaskedAutoencoder
 from fastmim.train import checkpoint as checkpoints
 from fastmim.train.build import (
-    CHECKPOINTS,
     build_autoencoder,
     build_method,
     load_parts,
+    networks,
     run_identity,
 )
 from fastmim.train.checkpoint import Checkpoint, CheckpointError, CheckpointWriteError
 from fastmim.train.config import Pretrain, to_dict
 from fastmim.train.engine import Engine, StepResult, resolve_device, resolve_precision
 from fastmim.train.evaluation import KNNEvaluation
-from fastmim.train.log import Metrics, RunLog, console
+from fastmim.train.folder import CHECKPOINTS, held, newest_checkpoint, run_folder, write_config
+from fastmim.train.interrupt import collected_signals
+from fastmim.train.log import Metrics, RunLog, Window, read_metrics, say
 from fastmim.train.pictures import write_loss_chart, write_reconstructions
-
-_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)
 
 
 class NonFiniteError(RuntimeError):
@@ -66,7 +67,8 @@ class Trainer:
 
     Raises:
         ValueError, FileNotFoundError: A configuration or data set that cannot be trained on.
-        CheckpointError: The run folder holds a run with another recipe, method or data set.
+        CheckpointError: The run folder holds a run with another recipe, method or data set, or
+            only damaged checkpoints.
     """
 
     def __init__(self, config: Pretrain) -> None:
@@ -78,6 +80,7 @@ class Trainer:
         autoencoder = build_autoencoder(
             recipe, self.source.channels, self.source.mean, self.source.std
         )
+        image_size = autoencoder.patch_embed.img_size
         self.precision = resolve_precision(
             efficiency.precision, self.device, autoencoder.norm.weight.shape[0]
         )
@@ -87,7 +90,7 @@ class Trainer:
             self.source,
             batch_size=recipe.batch_size,
             micro_batch=efficiency.micro_batch,
-            image_size=autoencoder.patch_embed.img_size,
+            image_size=image_size,
             seed=recipe.seed,
             augmentation=Augmentation(
                 scale=recipe.crop_scale, ratio=recipe.crop_ratio, hflip=recipe.hflip
@@ -97,6 +100,8 @@ class Trainer:
             on_bad=self._report_bad_image,
             pin_memory=self.device.type == "cuda",
         )
+        if recipe.momentum_schedule == "official":  # the one way a micro-batch changes the result
+            self.identity["micro_batch"] = self.loader.micro_batch
         self.engine = Engine(
             self.method,
             recipe,
@@ -104,73 +109,69 @@ class Trainer:
             steps_per_epoch=self.loader.sampler.steps_per_epoch,
         )
         self.evaluation = KNNEvaluation(
-            config.evaluation, self.source, autoencoder.patch_embed.img_size
+            config.evaluation,
+            self.source,
+            image_size=image_size,
+            channels=self.source.channels,
+            workers=efficiency.workers,
+            on_bad=self._report_bad_image,
         )
         self.done = 0  # optimizer steps
         self.skipped = 0  # of them without an update
         self._bad_in_a_row = 0
-        self._log: RunLog | None = None
-        self.folder, resumed = self._choose_folder()
-        if resumed is not None:
-            self._resume(resumed)
+        self._window = Window()
+        self._saved_at: int | None = None
+        self._bad_images: set[str] = set()
+        self._sample_ids: list[Tensor] = []  # of the step under way
+        self.folder = run_folder(config)
+        checkpoint = newest_checkpoint(self.folder)
+        if checkpoint is not None:
+            self._resume(checkpoint)
 
     # ---- Before the first step
 
-    def _choose_folder(self) -> tuple[Path, Checkpoint | None]:
-        """The run's folder, and the checkpoint to go on from, if any."""
-        output = self.config.output
-        name = output.name or f"{self.config.preset}-{self.config.method}"
-        folder = Path(output.folder) / name
-        if self.config.resume == "never":
-            for number in range(2, 10_000):
-                if not folder.exists():
-                    break
-                folder = Path(output.folder) / f"{name}-{number}"
-            return folder, None
-        found = checkpoints.latest(
-            folder / CHECKPOINTS,
-            on_invalid=lambda path, reason: console.print(
-                f"warning: checkpoint {path.name} is refused: {reason}", markup=False
-            ),
-            refuse_nonfinite=True,
-        )
-        return folder, found
-
     def _resume(self, checkpoint: Checkpoint) -> None:
-        fields = checkpoints.difference(checkpoint.state["identity"], self.identity)
+        state = checkpoint.state
+        fields = checkpoints.difference(state.get("identity", {}), self.identity)
         if fields:
             raise CheckpointError(
                 f"{checkpoint.path} is of another run, they differ in\n  "
                 + "\n  ".join(fields)
                 + "\nto start another run pass --output.name or --resume never; to go on with "
-                "this one use its options (they are in config.yaml)"
+                f"this one pass --config {self.folder / 'config.yaml'}"
             )
         load_parts(self.method, checkpoint)
         wanted = self.engine.optimizer.state_dict()
         checkpoints.check_parts(checkpoint.parts.get("optimizer", {}), wanted, "optimizer")
         self.engine.optimizer.load_state_dict(checkpoint.parts["optimizer"])
-        self.done = checkpoint.step
-        self.skipped = checkpoint.state["skipped_steps"]
-        self.loader.start_step = self.done
-        if checkpoint.state["precision"] != self.precision:
-            console.print(
-                f"warning: the run was computed in {checkpoint.state['precision']} so far and goes "
-                f"on in {self.precision}"
+        self.done = self._saved_at = self.loader.start_step = checkpoint.step
+        self.skipped = state["skipped_steps"]
+        self._bad_in_a_row = state["bad_in_a_row"]
+        self._window = Window(**state["log_window"])
+        if state["precision"] != self.precision:
+            say(
+                f"warning: the run was computed in {state['precision']} so far and goes on in "
+                f"{self.precision}"
             )
 
     def _describe(self) -> str:
         student = self.method.student
         params = sum(p.numel() for p in student.parameters()) / 1e6
         height, width = student.patch_embed.img_size
-        recipe = self.config.recipe
+        recipe, total = self.config.recipe, self.engine.total_steps
         start = "from the start" if self.done == 0 else f"resumed after step {self.done}"
+        if self.done >= total:
+            start = (
+                f"this run is complete: {self.done} of {total} steps. To train anew pass "
+                "--resume never or another --output.name"
+            )
         return (
             f"{self.config.method} on {self.source.describe()}\n"
             f"{recipe.model}: {params:.1f} M parameters, {height} x {width} pixels, "
             f"{student.num_patches} patches, {self.engine.num_keep} visible\n"
-            f"{self.engine.total_steps} steps of {recipe.batch_size} images "
-            f"({recipe.epochs} epochs), lr {recipe.lr:.3g}, {self.precision} on {self.device}, "
-            f"{torch.get_num_threads()} threads, {self.loader.workers} loading processes\n"
+            f"{total} steps of {recipe.batch_size} images ({recipe.epochs} epochs), "
+            f"lr {recipe.lr:.3g}, {self.precision} on {self.device}, threads: "
+            f"{torch.get_num_threads()}, loading processes: {self.loader.workers or 'none'}\n"
             f"{self.folder}: {start}"
         )
 
@@ -182,115 +183,120 @@ class Trainer:
         Raises:
             NonFiniteError: After ``max_bad_steps`` bad steps in a row; a report lies in the folder.
             TooManyBadImages: If more images than allowed cannot be read.
+            ValueError: If another process trains in the folder.
         """
         if self.config.efficiency.threads is not None:
             torch.set_num_threads(self.config.efficiency.threads)
-        self.folder.mkdir(parents=True, exist_ok=True)
-        (self.folder / "config.yaml").write_text(
-            yaml.safe_dump(to_dict(self.config), sort_keys=False)
-        )
         total = self.engine.total_steps
-        console.print(self._describe(), markup=False)
-        if self.done >= total:
-            console.print(
-                f"this run is complete: {self.done} of {total} steps. To train anew pass "
-                "--resume never or another --output.name",
-                markup=False,
+        with held(self.folder):
+            if self.done < total:
+                write_config(self.folder, self.config)
+            say(self._describe())
+            log = self._log = RunLog(
+                Metrics(self.folder / "metrics.jsonl", self.done),
+                self._window,
+                device=self.device,
+                first_step=self.done,
+                total_steps=total,
+                steps_per_epoch=self.engine.steps_per_epoch,
+                batch_size=self.config.recipe.batch_size,
+                log_every=self.config.output.log_every,
             )
-            return Outcome(self.folder, self.done, True, None, True)
-        self._log = RunLog(
-            Metrics(self.folder / "metrics.jsonl", self.done),
-            device=self.device,
-            first_step=self.done,
-            total_steps=total,
-            steps_per_epoch=self.engine.steps_per_epoch,
-            batch_size=self.config.recipe.batch_size,
-            log_every=self.config.output.log_every,
-        )
-        try:
-            with _signals() as received, self.loader:
-                caught = self._train(received)
-            saved = self._try_save()
-        finally:
-            self._log.close()
-        finished = self.done >= total
-        if finished:
-            self._write_pictures()
-        return Outcome(self.folder, self.done, finished, caught, saved)
+            try:
+                with collected_signals() as received, self.loader:
+                    self._train(log, received)
+                    saved = self._saved_at == self.done or self._try_save(log)
+            finally:
+                log.close()
+            if self._bad_images:
+                say(f"{len(self._bad_images)} images could not be read; others took their place")
+            if self.done >= total:
+                self._write_pictures()
+        caught = received[0] if received else None
+        return Outcome(self.folder, self.done, self.done >= total, caught, saved)
 
-    def _train(self, received: list[signal.Signals]) -> signal.Signals | None:
-        """Steps until the end or a signal; returns the signal."""
+    def _train(self, log: RunLog, received: list[signal.Signals]) -> None:
+        """Steps until the end or a signal."""
         stop = min(self.engine.total_steps, self.config.stop_after or math.inf)
         last_save = time.perf_counter()
         stream = iter(self.loader)
+        if not self._is_evaluated():
+            self._evaluate(log)
         while self.done < stop and not received:
             begin, waited = time.perf_counter(), self.loader.wait_seconds
-            batches = [next(stream) for _ in range(self.loader.micro_steps)]
-            result = self.engine.run_step(self.done, batches, len(batches))
+            batches = self._micro_batches(stream)
+            result = self.engine.run_step(self.done, batches, self.loader.micro_steps)
             self.done += 1
-            self._guard(result, torch.cat([b.sample_ids for b in batches]))
-            self._log.step(
-                self.done,
-                result,
-                time.perf_counter() - begin,
-                self.loader.wait_seconds - waited,
-            )
-            self._evaluate()
-            if self._save_is_due(last_save) and self.done < stop and not received:
-                self._try_save()
+            self._guard(log, result)
+            waited = self.loader.wait_seconds - waited
+            log.step(self.done, result, time.perf_counter() - begin, waited)
+            if received:
+                break  # a due evaluation is made up for at the resumption
+            self._evaluate(log)
+            if self._save_is_due(last_save):
+                self._try_save(log)
                 last_save = time.perf_counter()
-        return received[0] if received else None
 
-    def _guard(self, result: StepResult, sample_ids: Tensor) -> None:
+    def _micro_batches(self, stream: Iterator[Batch]) -> Iterator[Batch]:
+        """Those of one step, one at a time; keeps in mind which samples they hold."""
+        self._sample_ids.clear()
+        for batch in islice(stream, self.loader.micro_steps):
+            self._sample_ids.append(batch.sample_ids)
+            yield batch
+
+    def _guard(self, log: RunLog, result: StepResult) -> None:
         """Count skipped steps; stop, with a report, when they follow one another."""
         if not result.skipped:
             self._bad_in_a_row = 0
             return
         self.skipped += 1
         self._bad_in_a_row += 1
-        self._log.say(
+        say(
             f"warning: step {self.done}: loss {result.losses['loss']}, gradient norm "
             f"{result.grad_norm}: skipped, nothing was changed ({self.skipped} skipped so far)"
         )
         if self._bad_in_a_row < self.config.max_bad_steps:
             return
+        ids = torch.cat(self._sample_ids).tolist()
         report = self.folder / "nonfinite.json"
-        report.write_text(
-            json.dumps(
-                {
-                    "step": self.done - 1,
-                    "losses": {k: repr(v) for k, v in result.losses.items()},
-                    "grad_norm": repr(result.grad_norm),
-                    "lr": result.lr,
-                    "precision": self.precision,
-                    "seed": self.config.recipe.seed,
-                    "sample_ids": sample_ids.tolist(),
-                    "images": [self.source.name(i) for i in sample_ids.tolist()],
-                },
-                indent=1,
-            )
-        )
+        content = {
+            "step": self.done,
+            "losses": {k: repr(v) for k, v in result.losses.items()},
+            "grad_norm": repr(result.grad_norm),
+            "lr": result.lr,
+            "precision": self.precision,
+            "seed": self.config.recipe.seed,
+            "sample_ids": ids,
+            "images": [self.source.name(i) for i in ids],
+        }
+        report.write_text(json.dumps(content, indent=1))
         raise NonFiniteError(
             f"stopped after {self._bad_in_a_row} steps in a row with a loss or gradient that is "
-            f"not finite. Parameters, teacher and optimizer are as before the first of them; the "
-            f"last checkpoint is kept. {report} names the batch. Try a lower recipe.base_lr, "
-            "recipe.clip_grad 1.0, or efficiency.precision fp32"
+            "not finite. Parameters, teacher and optimizer were left as before the first of them; "
+            f"the last checkpoint is kept. {report} names the images of the last batch. Try a "
+            "lower recipe.base_lr, recipe.clip_grad 1.0, or efficiency.precision fp32"
         )
 
-    def _evaluate(self) -> None:
+    def _evaluate(self, log: RunLog) -> None:
+        """Measure kNN accuracy, if it is due after this step."""
         every = self.config.evaluation.knn_every
         epoch, rest = divmod(self.done, self.engine.steps_per_epoch)
-        if not every or rest or epoch % every:
+        if not every or not epoch or rest or epoch % every:
             return
         accuracy = self.evaluation.accuracy(self.best_encoder())
-        self._log.metrics.write(self.done, {"epoch": epoch, "knn_accuracy": accuracy})
-        self._log.say(f"epoch {epoch}: kNN accuracy {100 * accuracy:.2f} %")
+        log.metrics.write(self.done, {"epoch": epoch, "knn_accuracy": accuracy})
+        say(f"epoch {epoch}: kNN accuracy {100 * accuracy:.2f} %")
 
-    def best_encoder(self):
+    def _is_evaluated(self) -> bool:
+        lines = read_metrics(self.folder / "metrics.jsonl")
+        return any(line["step"] == self.done and "knn_accuracy" in line for line in lines)
+
+    def best_encoder(self) -> MaskedAutoencoder:
         """The network whose features are meant to be used: the teacher's where there is one."""
-        return self.method.student if self.method.teacher is None else self.method.teacher.module
+        named = networks(self.method)
+        return named.get("teacher", self.method.student)
 
-    # ---- Checkpoints
+    # ---- What is written
 
     def _save_is_due(self, last_save: float) -> bool:
         output = self.config.output
@@ -299,84 +305,57 @@ class Trainer:
         minutes = (time.perf_counter() - last_save) / 60
         return bool(output.checkpoint_minutes) and minutes >= output.checkpoint_minutes
 
-    def _save(self) -> Path:
-        parts = {
-            "student": self.method.student.state_dict(),
-            "optimizer": self.engine.optimizer.state_dict(),
-        }
-        if self.method.teacher is not None:
-            parts["teacher"] = self.method.teacher.module.state_dict()
+    def _try_save(self, log: RunLog) -> bool:
+        """Save; a failure is told, not raised: the older checkpoints are still there."""
+        parts = {name: network.state_dict() for name, network in networks(self.method).items()}
+        parts["optimizer"] = self.engine.optimizer.state_dict()
         state = {
             "identity": self.identity,
             "config": to_dict(self.config),
             "precision": self.precision,
-            "total_steps": self.engine.total_steps,
             "skipped_steps": self.skipped,
-            "bad_images": self.loader.bad_count,
+            "bad_in_a_row": self._bad_in_a_row,
+            "log_window": asdict(log.window),
         }
-        return checkpoints.save(
-            self.folder / CHECKPOINTS, self.done, parts, state, keep=self.config.output.keep
-        )
-
-    def _try_save(self) -> bool:
-        """Save; a failure is told, not raised: the older checkpoints are still there."""
+        root, keep = self.folder / CHECKPOINTS, self.config.output.keep
         try:
-            self._save()
+            checkpoints.save(root, self.done, parts, state, keep=keep)
         except CheckpointWriteError as error:
-            self._log.say(f"warning: checkpoint of step {self.done} not written: {error}")
+            say(f"warning: checkpoint of step {self.done} not written: {error}")
             return False
+        self._saved_at = self.done
         return True
 
     def _write_pictures(self) -> None:
-        write_loss_chart(self.folder)
-        if self.config.output.pictures:
-            write_reconstructions(
-                self.folder / "reconstruction.png",
-                self.method,
-                self.source,
-                count=self.config.output.pictures,
-                mask_ratio=self.config.recipe.mask_ratio,
-                seed=self.config.recipe.seed,
-                crop_ratio=self.config.evaluation.crop_ratio,
-            )
+        """loss.png and reconstruction.png; what goes wrong is told, the run is done."""
+        count = self.config.output.pictures
+        try:
+            write_loss_chart(self.folder)
+            if count:
+                write_reconstructions(
+                    self.folder / "reconstruction.png",
+                    self.method,
+                    self.source,
+                    count=count,
+                    mask_ratio=self.config.recipe.mask_ratio,
+                    seed=self.config.recipe.seed,
+                    crop_ratio=self.config.evaluation.crop_ratio,
+                    on_bad=self._report_bad_image,
+                )
+        except (OSError, ValueError) as error:
+            say(f"warning: pictures not written: {error}")
 
     def _report_bad_image(self, name: str, reason: str) -> None:
-        text = f"warning: image skipped: {name}: {reason}"
-        if self._log is None:
-            console.print(text, markup=False)
-        else:
-            self._log.say(text)
+        """Name each unreadable image once, whoever met it."""
+        if name not in self._bad_images:
+            say(f"warning: image skipped: {name}: {reason}")
+        self._bad_images.add(name)
 
 
 def _refuse_many_processes() -> None:
-    world = int(os.environ.get("WORLD_SIZE", "1"))
-    if world > 1:
+    world = os.environ.get("WORLD_SIZE", "1")
+    if world != "1":
         raise ValueError(
-            f"pretrain: started as one of {world} processes (WORLD_SIZE), but it trains in one "
-            "process; start it without torchrun"
+            f"pretrain: started as one of several processes (WORLD_SIZE is {world}), but it trains "
+            "in one process; start it without torchrun"
         )
-
-
-@contextmanager
-def _signals() -> Iterator[list[signal.Signals]]:
-    """Collect the first interrupting signal instead of dying of it; a second one kills as usual."""
-    received: list[signal.Signals] = []
-    previous = {}
-
-    def note(number: int, frame) -> None:
-        received.append(signal.Signals(number))
-        for caught, handler in previous.items():
-            signal.signal(caught, handler)
-        console.print(
-            f"\n{signal.Signals(number).name}: finishing this step and saving; again to stop "
-            "at once",
-            markup=False,
-        )
-
-    try:
-        for number in _SIGNALS:
-            previous[number] = signal.signal(number, note)
-        yield received
-    finally:
-        for number, handler in previous.items():
-            signal.signal(number, handler)
