@@ -8,6 +8,8 @@ golden    the authors' recorded numbers: 1e-5 of the tensor's largest value in f
           float64; trained weights likewise, but error and value as Euclidean norms, because AdamW
           divides by gradients that can be rounding noise in single entries.
 run       two runs with one seed: the first 32 losses within 1e-4 (float32) or 2e-2 (bfloat16).
+scalar    one number (a loss, a norm, a momentum) computed in two ways: the bound of a run.
+sampled   the mean of a sample: within four standard errors of the known mean.
 """
 
 from collections.abc import Sequence
@@ -54,6 +56,17 @@ def run(losses: Sequence[float], expected: Sequence[float], dtype: torch.dtype) 
         torch.tensor(values[:32], dtype=torch.float64) for values in (losses, expected)
     )
     _assert_within(got, reference, _RUN[dtype] * reference.abs())
+
+
+def scalar(got: float | Tensor, expected: float | Tensor, dtype: torch.dtype) -> None:
+    """``dtype`` is the less precise one of the two computations."""
+    run([float(got)], [float(expected)], dtype)
+
+
+def sampled(sample: Tensor, mean: Tensor) -> None:
+    """``sample`` is (n, ...), independent values of the known mean (...)."""
+    error = sample.double().std(dim=0) / len(sample) ** 0.5
+    _assert_within(sample.double().mean(dim=0), mean.double(), 4 * error)
 
 
 def _assert_within(got: Tensor, expected: Tensor, bound: Tensor) -> None:

@@ -8,7 +8,7 @@ import zlib
 import numpy as np
 import pytest
 import torch
-from PIL import Image, features
+from PIL import Image, ImageFile, features
 
 from fastmim.data import BadImage, decode_image
 
@@ -199,6 +199,16 @@ def test_damaged_bytes_raise_nothing_but_bad_image(kind):
             decode_image(bytes(damaged), "x", max_pixels=1_000_000)
         except BadImage as error:
             assert error.reason  # noqa: PT017 - that nothing else is raised is the point
+
+
+@pytest.mark.parametrize("error", [MemoryError, AttributeError])
+def test_what_is_not_the_pictures_fault_is_raised(error, monkeypatch):
+    def load(self):
+        raise error
+
+    monkeypatch.setattr(ImageFile.ImageFile, "load", load)
+    with pytest.raises(error):
+        decode_image(encode(picture(), "PPM"), "x")
 
 
 @pytest.mark.parametrize(

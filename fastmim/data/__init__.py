@@ -1,9 +1,9 @@
 """Image sources, decoding, crops and the pre-training loader: tensors and files, no model."""
 
-from .augment import Augmentation, augment, crop_box, eval_transform
-from .decode import BadImage, decode_image
-from .loader import Batch, PretrainLoader, StepSampler, TooManyBadImages, eval_batches
-from .sources import DigitsSource, FolderSource, ParquetSource, Source, open_source
+from fastmim.data.augment import Augmentation, augment, crop_box, eval_transform
+from fastmim.data.decode import BadImage, decode_image
+from fastmim.data.loader import Batch, PretrainLoader, StepSampler, TooManyBadImages, eval_batches
+from fastmim.data.sources import DigitsSource, FolderSource, ParquetSource, Source, open_source
 
 __all__ = [
     "Augmentation",

@@ -47,8 +47,8 @@ class Augmentation:
 def philox(seed: int, stream: int, epoch: int, index: int) -> np.random.Philox:
     """The counter-based generator of one (seed, stream, epoch, index); each in [0, 2**64).
 
-    Only `random_raw` is to be used: NumPy keeps its words the same for ever, not so what
-    `Generator` makes of them.
+    Only ``random_raw`` is to be used: NumPy keeps its words the same for ever, not so what
+    ``Generator`` makes of them.
     """
     key = np.array((seed, stream), np.uint64)  # NumPy would make floats of ints past 2**63
     return np.random.Philox(key=key, counter=np.array((0, epoch, index, 0), np.uint64))
@@ -100,12 +100,12 @@ def augment(
     epoch: int,
     index: int,
 ) -> Tensor:
-    """Random resized crop and flip of one picture; see `crop_box` for the draw.
+    """Random resized crop and flip of one picture; see ``crop_box`` for the draw.
 
     Args:
         img: (C, H, W), uint8, any size from 1x1, any strides.
         size: (h, w) of the result.
-        augmentation, seed, epoch, index: As in `crop_box`.
+        augmentation, seed, epoch, index: As in ``crop_box``.
 
     Returns:
         (C, h, w), uint8.

@@ -20,9 +20,9 @@ import torch
 from torch import LongTensor, Tensor
 from torch.utils.data import DataLoader, Dataset
 
-from .augment import Augmentation, augment, eval_transform, philox
-from .decode import BadImage
-from .sources import Source
+from fastmim.data.augment import Augmentation, augment, eval_transform, philox
+from fastmim.data.decode import BadImage
+from fastmim.data.sources import Source
 
 _ORDER_STREAM, _SUBSTITUTE_STREAM = 2, 3  # second word of the Philox key; 1 is augment's
 _SUBSTITUTE_TRIES = 64  # with half of all pictures bad, 2**-64 of the samples find no substitute
@@ -101,9 +101,9 @@ class PretrainLoader:
     """Micro-batches of random resized crops, from ``start_step`` on, without end.
 
     Iterating yields, for step = start_step, start_step + 1, ..., the ``batch_size // micro_batch``
-    micro-batches of that step as `Batch`. Each ``iter()`` starts anew at ``start_step``. Leaving
-    the loop, an exception or `close` ends the worker processes; a killed worker raises RuntimeError
-    here. Workers ignore SIGINT and SIGTERM, which concern the process that started them.
+    micro-batches of that step as ``Batch``. Each ``iter()`` starts anew at ``start_step``. Leaving
+    the loop, an exception or ``close`` ends the worker processes; a killed worker raises
+    RuntimeError here. Workers ignore SIGINT and SIGTERM, which concern the process that began them.
 
     A bad picture is replaced by another one, drawn by (seed, epoch, sample id), cropped as the
     sample it replaces.
@@ -111,21 +111,21 @@ class PretrainLoader:
     Args:
         source: The pictures.
         batch_size: Samples an optimizer step.
-        micro_batch: Samples a `Batch`; must divide ``batch_size``; None: all of them.
+        micro_batch: Samples a ``Batch``; must divide ``batch_size``; None: all of them.
         image_size: (h, w) of the crops.
         seed: In [0, 2**64); of order, crops and substitutes.
         augmentation: What crops are drawn from.
         workers: Processes that read and decode; 0: this one. Each prepares whole micro-batches, two
             ahead.
         start_step: First step to yield.
-        max_bad_fraction: Part of the source that may be bad; at least 8 pictures but never more
-            than half.
+        max_bad_fraction: Part of the source that may be bad, in [0, 1]; 0: none. Any other allows
+            at least 8 pictures but never more than half.
         on_bad: Called with (name, reason) once for each distinct bad picture; None: a warning is
             logged.
         pin_memory: Give ``imgs`` in page-locked memory, for asynchronous copies to a GPU.
 
     Attributes:
-        sampler: The `StepSampler`; ``steps_per_epoch`` is there.
+        sampler: The ``StepSampler``; ``steps_per_epoch`` is there.
         micro_steps: Micro-batches a step.
         bad_count: Distinct bad pictures met so far.
         wait_seconds: Time spent waiting for micro-batches so far.
@@ -244,16 +244,16 @@ def eval_batches(
     workers: int = 0,
     on_bad: Callable[[str, str], None] | None = None,
 ) -> Iterator[tuple[Tensor, LongTensor | None, LongTensor]]:
-    """Every picture once, in order, as `eval_transform` cuts it; bad ones are left out.
+    """Every picture once, in order, as ``eval_transform`` cuts it; bad ones are left out.
 
     Args:
         source: The pictures.
         image_size: (h, w).
         batch_size: Pictures a batch, before bad ones are left out; the last batch may be smaller.
-        crop_ratio: As in `eval_transform`.
+        crop_ratio: As in ``eval_transform``.
         limit: Use this many pictures, evenly spaced over the source (the first ones of a folder
             would all be of the first classes); None: all.
-        workers: As in `PretrainLoader`.
+        workers: As in ``PretrainLoader``.
         on_bad: Called with (name, reason) for each bad picture; None: a warning is logged.
 
     Returns:
@@ -288,16 +288,14 @@ def _eval_iterate(source, centres, indices, batch_size, workers, on_bad):
             yield imgs, None if source.labels is None else source.labels[ids], ids
 
 
+@dataclass
 class _Crops(Dataset):
     """Request (ids, step, micro_step, epoch) -> (imgs, ids of the pixels, bad, request)."""
 
-    def __init__(
-        self, source: Source, size: tuple[int, int], seed: int, augmentation: Augmentation
-    ):
-        self.source = source
-        self.size = size
-        self.seed = seed
-        self.augmentation = augmentation
+    source: Source
+    size: tuple[int, int]
+    seed: int
+    augmentation: Augmentation
 
     def __getitem__(self, request: tuple):
         ids, _, _, epoch = request
@@ -327,13 +325,13 @@ class _Crops(Dataset):
         return None
 
 
+@dataclass
 class _Centres(Dataset):
     """Request (ids,) -> (imgs, usable ids, bad, request)."""
 
-    def __init__(self, source: Source, size: tuple[int, int], crop_ratio: float):
-        self.source = source
-        self.size = size
-        self.crop_ratio = crop_ratio
+    source: Source
+    size: tuple[int, int]
+    crop_ratio: float
 
     def __getitem__(self, request: tuple):
         (ids,) = request
@@ -362,7 +360,8 @@ class _BadImages:
         self, source: Source, max_fraction: float, on_bad: Callable[[str, str], None] | None
     ):
         self.total = len(source)
-        self.allowed = min(max(math.ceil(max_fraction * self.total), 8), self.total // 2)
+        least = 8 if max_fraction else 0
+        self.allowed = min(max(math.ceil(max_fraction * self.total), least), self.total // 2)
         self.on_bad = on_bad or _log_bad
         self.reasons: dict[str, str] = {}
 
@@ -418,12 +417,12 @@ def _stream(dataset: Dataset, requests: Iterable, workers: int, pin_memory: bool
         iterator._shutdown_workers()  # `del` would wait for tracebacks that hold the iterator
 
 
+@dataclass
 class _InWorker(Dataset):
     """A dataset whose workers begin no request, and may be terminated, once ``stop`` is set."""
 
-    def __init__(self, dataset: Dataset, stop: Tensor):
-        self.dataset = dataset
-        self.stop = stop
+    dataset: Dataset
+    stop: Tensor
 
     def __getitem__(self, request):
         return None if self.stop.item() else self.dataset[request]

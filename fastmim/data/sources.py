@@ -1,8 +1,8 @@
 """Where pictures come from: the embedded digits, a folder of image files, or parquet.
 
-A `Source` is a fixed, ordered list of pictures. Names and bytes are kept in a few NumPy buffers and
-never in a list
-of Python objects: worker processes forked from this one then share them without copying a page.
+A ``Source`` is a fixed, ordered list of pictures. Names and bytes are kept in a few NumPy buffers
+and never in a list of Python objects: worker processes forked from this one then share them without
+copying a page.
 """
 
 import bisect
@@ -19,22 +19,12 @@ import torch
 import torch.nn.functional as F
 from torch import LongTensor, Tensor
 
-from .decode import MAX_PIXELS, BadImage, decode_image, require_decoders
+from fastmim.data.decode import MAX_PIXELS, BadImage, decode_image, require_decoders
 
 IMAGE_EXTENSIONS = (
-    ".jpg",
-    ".jpeg",
-    ".png",
-    ".webp",
-    ".bmp",
-    ".tif",
-    ".tiff",
-    ".gif",
-    ".ppm",
-    ".pgm",
-)
-IMAGENET_MEAN = (0.485, 0.456, 0.406)
-IMAGENET_STD = (0.229, 0.224, 0.225)
+    ".jpg", ".jpeg", ".png", ".webp", ".bmp", ".tif", ".tiff", ".gif", ".ppm", ".pgm"
+)  # fmt: skip
+_SPLIT = r"(train|test|validation|valid|val)"
 
 
 class Source(ABC):
@@ -44,15 +34,15 @@ class Source(ABC):
         labels: (n,), int64, on the CPU, -1 where a picture has none; None if the source has no
             labels.
         classes: Class names by label, or None.
-        channels: C of every picture `read` returns.
+        channels: C of every picture ``read`` returns.
         mean, std: C values each, of pixels in 0..1: the normalisation to use by default.
     """
 
     labels: LongTensor | None = None
     classes: list[str] | None = None
     channels: int = 3
-    mean: tuple[float, ...] = IMAGENET_MEAN
-    std: tuple[float, ...] = IMAGENET_STD
+    mean: tuple[float, ...] = (0.485, 0.456, 0.406)  # ImageNet's
+    std: tuple[float, ...] = (0.229, 0.224, 0.225)
 
     @abstractmethod
     def __len__(self) -> int:
@@ -85,7 +75,7 @@ def open_source(path: str | Path | None = None, *, max_pixels: int = MAX_PIXELS)
     Args:
         path: None or ``"digits"``: the embedded digits (a folder of that name is ``"./digits"``). A
             ``.parquet`` file, or a folder that holds parquet files and no image files:
-            `ParquetSource`. Any other folder: `FolderSource`.
+            ``ParquetSource``. Any other folder: ``FolderSource``.
         max_pixels: A picture with more (width * height, told by its header) is bad.
 
     Returns:
@@ -93,7 +83,8 @@ def open_source(path: str | Path | None = None, *, max_pixels: int = MAX_PIXELS)
 
     Raises:
         FileNotFoundError: If ``path`` does not exist.
-        ValueError: If there are no pictures in it, it holds both kinds, or it cannot be read.
+        ValueError: If there are no pictures in it, it holds both kinds or several splits (train,
+            val, ...), or it cannot be read.
         ImportError: If simplejpeg, Pillow or (for parquet) pyarrow is missing.
     """
     if path is None or path == "digits":
@@ -112,13 +103,14 @@ def open_source(path: str | Path | None = None, *, max_pixels: int = MAX_PIXELS)
                 "parquet files; pass a folder with one kind, or one parquet file"
             )
         if parquets:
-            _check_one_split(root, parquets)
+            _check_one_split(root, "parquet", parquets, rf"(?:.*/)?{_SPLIT}\b[^/]*")
             return ParquetSource([root / name for name in parquets], max_pixels=max_pixels)
         if not images:
             raise ValueError(
                 f"open_source: no images in {str(path)!r}: looked in it and all its sub-folders "
                 f"for {' '.join(IMAGE_EXTENSIONS)} and .parquet, saw {others} other files"
             )
+        _check_one_split(root, "image", images, rf"{_SPLIT}/")  # else they would be classes
         return FolderSource(root, images, max_pixels=max_pixels)
     if root.suffix.lower() == ".parquet":
         return ParquetSource([root], max_pixels=max_pixels)
@@ -133,7 +125,7 @@ class DigitsSource(Source):
 
     The test set of "Optical Recognition of Handwritten Digits", E. Alpaydin and C. Kaynak, 1998,
     UCI Machine Learning Repository, doi:10.24432/C50P49, licence CC BY 4.0; as redistributed by
-    scikit-learn (`load_digits`). Changes: stored as uint8 in digits.npz; enlarged as below.
+    scikit-learn (``load_digits``). Changes: stored as uint8 in digits.npz; enlarged as below.
 
     An 8x8 value v in 0..16 becomes round(255 / 16 * v), where v is first enlarged to 32x32
     bilinearly (align_corners=False); every intermediate value is exact in float32, so the pixels
@@ -177,7 +169,7 @@ class FolderSource(Source):
     Args:
         root: The folder.
         names: Sorted relative paths of its pictures.
-        max_pixels: As in `open_source`.
+        max_pixels: As in ``open_source``.
     """
 
     def __init__(self, root: Path, names: list[str], *, max_pixels: int = MAX_PIXELS):
@@ -226,7 +218,7 @@ class ParquetSource(Source):
 
     Args:
         paths: The files, read in this order; all with the same columns and classes.
-        max_pixels: As in `open_source`.
+        max_pixels: As in ``open_source``.
     """
 
     def __init__(self, paths: list[Path], *, max_pixels: int = MAX_PIXELS):
@@ -353,15 +345,15 @@ def _walk(folder: Path, prefix: str, parents: frozenset) -> Iterator[tuple[str, 
             yield prefix + entry.name, entry
 
 
-def _check_one_split(root: Path, names: list[str]) -> None:
-    """Refuse to mix train-00000-of-00002.parquet or train/0.parquet with test-... or test/..."""
-    pattern = re.compile(r"(train|test|validation|val)\b", re.IGNORECASE)
-    found = (pattern.match(part) for name in names for part in name.split("/"))
-    splits = sorted({match[1].lower() for match in found if match})
-    if len(splits) > 1:
+def _check_one_split(root: Path, kind: str, names: list[str], pattern: str) -> None:
+    """Refuse to mix train and test; ``pattern`` gives the split of a path as its first group."""
+    matches = [re.match(pattern, name, re.IGNORECASE) for name in names]
+    examples = {match[1].lower(): match[0] for match in matches if match}
+    if len(examples) > 1:
+        example = root / examples.get("train", min(examples.values()))
         raise ValueError(
-            f"open_source: {str(root)!r} holds parquet files of several splits "
-            f"({', '.join(splits)}); pass one file, or a folder with the files of one split"
+            f"open_source: {str(root)!r} holds {kind} files of several splits "
+            f"({', '.join(sorted(examples))}); pass one (a folder or a file), such as {example}"
         )
 
 
