@@ -1,5 +1,4 @@
-// The arithmetic of EMA and AdamW, one element at a time: the CPU and the CUDA kernels both include
-// it.
+// The arithmetic of EMA and AdamW, one element at a time; for the CPU and the CUDA kernels.
 //
 // Both are compiled without contraction to FMA and with IEEE division and square root, so that a
 // CPU of any generation and a GPU give the same bits. The kernels are bound by memory: it costs

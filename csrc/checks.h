@@ -1,5 +1,4 @@
-// What the CPU and the CUDA operators refuse, with the same words. Nothing here reads a tensor's
-// values.
+// What the CPU and the CUDA operators refuse, in the same words, without reading tensor values.
 #pragma once
 
 #include <torch/csrc/stable/library.h>
@@ -47,8 +46,7 @@ inline bool same_shape(const Tensor& a, const Tensor& b) {
   return std::equal(left.begin(), left.end(), right.begin(), right.end());
 }
 
-// The checks of one call; `device` is where the first checked tensor must lie, and hence every
-// other.
+// The checks of one call; every tensor must lie on `device`.
 struct Checks {
   const char* op;
   std::string device;

@@ -1,8 +1,6 @@
-// The Python module fastmim._C: loads and registers the operators of _ops.so, and says how it was
-// built.
+// The Python module fastmim._C: registers the operators of _ops.so and says how it was built.
 //
-// It links neither torch nor libpython; the operators know no Python. So one _ops.so serves every
-// Python.
+// It links neither torch nor libpython, and the operators know no Python: one _ops.so serves all.
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
 

@@ -1,5 +1,4 @@
-// ema_update_ and adamw_ema_ on the CPU: one pass over memory in one parallel region over all
-// tensors.
+// ema_update_ and adamw_ema_ on the CPU: one pass over memory, one parallel region for all tensors.
 //
 // Bound by memory: 12 bytes an element (EMA), 28 (AdamW), 36 (both). The result does not depend on
 // the number of threads or on the instruction set: every element is one chain of IEEE operations
@@ -124,7 +123,7 @@ void adamw_ema_cpu(Tensors params, Tensors grads, Tensors exp_avgs, Tensors exp_
                    Tensor skip, Tensor weight_decay, double beta1, double beta2, double eps) {
   check_adamw_ema(params, grads, exp_avgs, exp_avg_sqs, teachers, step, lr, momentum, grad_scale,
                   skip, weight_decay, "cpu");
-  if (value<bool>(skip)) return;
+  if (params.empty() || value<bool>(skip)) return;
 
   std::vector<AdamWChunk> chunks;
   for (size_t i = 0; i < params.size(); ++i) {
@@ -156,11 +155,10 @@ void adamw_ema_cpu(Tensors params, Tensors grads, Tensors exp_avgs, Tensors exp_
 STABLE_TORCH_LIBRARY(fastmim_native, m) {
   m.def("ema_update_(Tensor(a!)[] teachers, Tensor[] students, Tensor momentum) -> ()");
   m.def(
-      "adamw_ema_(Tensor(a!)[] params, Tensor[] grads, Tensor(b!)[] exp_avgs, Tensor(c!)[] "
-      "exp_avg_sqs, "
-      "Tensor(d!)[] teachers, Tensor(e!) step, Tensor lr, Tensor momentum, Tensor grad_scale, "
-      "Tensor skip, "
-      "Tensor weight_decay, float beta1, float beta2, float eps) -> ()");
+      "adamw_ema_(Tensor(a!)[] params, Tensor[] grads, Tensor(b!)[] exp_avgs, "
+      "Tensor(c!)[] exp_avg_sqs, Tensor(d!)[] teachers, Tensor(e!) step, Tensor lr, "
+      "Tensor momentum, Tensor grad_scale, Tensor skip, Tensor weight_decay, "
+      "float beta1, float beta2, float eps) -> ()");
 }
 
 STABLE_TORCH_LIBRARY_IMPL(fastmim_native, CPU, m) {

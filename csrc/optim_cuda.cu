@@ -1,5 +1,4 @@
-// ema_update_ and adamw_ema_ on CUDA: one launch over up to 512 tensors, the table of them a kernel
-// argument.
+// ema_update_ and adamw_ema_ on CUDA: a launch takes up to 512 tensors, their table as an argument.
 //
 // A block updates one chunk of one tensor; each element has one writer and no atomics:
 // deterministic. Bound by memory: 12 bytes an element (EMA), 28 (AdamW), 36 (both). The host reads
@@ -17,11 +16,9 @@ namespace {
 
 using namespace fastmim;
 
-constexpr int MAX_TENSORS =
-    512;  // 26 KiB of the 32764 bytes that arguments may take (CUDA 12.1, sm_70)
+constexpr int MAX_TENSORS = 512;  // 26 KiB of 32764 bytes of arguments (CUDA 12.1, sm_70)
 constexpr int THREADS = 256;
-constexpr int64_t CHUNK =
-    1 << 14;  // elements; a multiple of 4, so that chunks of an aligned tensor are aligned
+constexpr int64_t CHUNK = 1 << 14;  // a multiple of 4: chunks of an aligned tensor are aligned
 
 // Tensor i of a launch has the blocks first_block[i] to first_block[i + 1]; an empty one has none.
 struct Blocks {
@@ -234,6 +231,7 @@ void adamw_ema_cuda(Tensors params, Tensors grads, Tensors exp_avgs, Tensors exp
                     Tensor skip, Tensor weight_decay, double beta1, double beta2, double eps) {
   check_adamw_ema(params, grads, exp_avgs, exp_avg_sqs, teachers, step, lr, momentum, grad_scale,
                   skip, weight_decay, device_of(step));
+  if (params.empty()) return;
   const int32_t device = step.get_device_index();
   const torch::stable::accelerator::DeviceGuard guard(device);
   const cudaStream_t stream = current_stream(device);
