@@ -18,18 +18,13 @@ from fastmim.ops import OPS
 from fastmim.ops._registry import PREFERENCE, Op, extension_problem, forced_backend
 
 _PACKAGES = (
-    "torch",
-    "triton",
-    "numpy",
-    "safetensors",
-    "simplejpeg",
-    "pillow",
-    "pyarrow",
-    "jsonargparse",
-    "rich",
-    "pyyaml",
+    *("torch", "triton", "numpy", "safetensors", "simplejpeg", "pillow", "pyarrow"),
+    *("jsonargparse", "rich", "pyyaml"),
 )
-_VARIABLES = ("CUDA_VISIBLE_DEVICES", "OMP_NUM_THREADS", "TORCH_CUDA_ARCH_LIST", "TRITON_INTERPRET")
+_VARIABLES = (
+    *("ATEN_CPU_CAPABILITY", "CUDA_VISIBLE_DEVICES", "OMP_NUM_THREADS", "TRITON_INTERPRET"),
+    *("CUDAFLAGS", "MAX_JOBS", "NVCC_THREADS", "TORCH_CUDA_ARCH_LIST"),  # of the build
+)
 _BF16_FLAGS = ("avx512_bf16", "avx_ne_convert", "amx_bf16", "bf16")  # x86, the last one Arm
 _BUILD_KEYS = (
     "git_revision",
@@ -50,8 +45,9 @@ def report() -> dict[str, Any]:
     Returns:
         ``fastmim`` (version, git_revision, path), ``python``, ``platform``, ``packages`` (name to
         version or None), ``cpu``, ``cuda`` (with ``gpus``), ``extension``, ``environment``
-        (variable to value or None), ``decoders`` and ``operators`` (name to device to ``backend``,
-        ``error`` and ``others``: why each other backend does not serve). Sizes are in GiB.
+        (variable to value or None) and ``operators`` (name to device to ``backend``, ``error`` and
+        ``others``: of each other backend its ``status`` - "absent", "unavailable" or "ready" - and
+        the ``reason`` why it does not serve). Sizes are in GiB.
     """
     extension = _extension()
     cuda = _cuda()
@@ -70,7 +66,6 @@ def report() -> dict[str, Any]:
         "cuda": cuda,
         "extension": extension,
         "environment": {name: os.environ.get(name) for name in sorted(variables)},
-        "decoders": {name: _version(name) is not None for name in ("simplejpeg", "pillow")},
         "operators": {
             name: {device: _served(op, torch.device(device)) for device in devices}
             for name, op in sorted(OPS.items())
@@ -175,19 +170,21 @@ def _served(op: Op, device: torch.device) -> dict[str, Any]:
         backend = op.choose(device)
     except RuntimeError as refusal:  # FASTMIM_BACKEND asks for what cannot serve
         error = str(refusal)
-    others = {b: _why_not(op, b, backend, device) for b in PREFERENCE if b != backend}
+    others = {b: _other(op, b, backend, device) for b in PREFERENCE if b != backend}
     return {"backend": backend, "error": error, "others": others}
 
 
-def _why_not(op: Op, other: str, backend: str | None, device: torch.device) -> str:
+def _other(op: Op, other: str, backend: str | None, device: torch.device) -> dict[str, str]:
     reason = op.unavailable(other, device)
     if reason is not None:
-        return reason
+        return {"status": "unavailable" if other in op.backends else "absent", "reason": reason}
     if forced_backend() is not None:
-        return f"can serve, but '{forced_backend()}' was asked for"
-    if other == "triton" and device.type == "cpu":
-        return "interpreted (TRITON_INTERPRET=1): a test tool, never chosen by itself"
-    return f"can serve; {backend} comes first"
+        reason = f"'{forced_backend()}' was asked for"
+    elif other == "triton" and device.type == "cpu":
+        reason = "interpreted (TRITON_INTERPRET=1): a test tool, never chosen by itself"
+    else:
+        reason = f"{backend} comes first"
+    return {"status": "ready", "reason": reason}
 
 
 def print_report(*, json: bool = False) -> None:
@@ -233,10 +230,9 @@ def _summary(facts: dict[str, Any]) -> Iterable[tuple[str, str]]:
         if facts["extension"]["problem"] is None and name not in ("problem", "git_revision"):
             text = " ".join(value) if isinstance(value, list) else value
             yield "", f"{name.replace('_', ' ')}: {'none' if text in (None, '') else text}"
-    for name, there in facts["decoders"].items():
-        yield f"decode: {name}", "yes" if there else f"no; pip install {name}"
     for name, value in facts["environment"].items():
-        yield name, "not set" if value is None else repr(value)
+        if value is not None:
+            yield name, repr(value)
 
 
 def _operators(device: str, served: dict[str, dict[str, Any]]) -> Iterable[str]:
@@ -245,14 +241,11 @@ def _operators(device: str, served: dict[str, dict[str, Any]]) -> Iterable[str]:
     for name, entry in served.items():
         cells = []
         for backend in PREFERENCE:
-            reason = entry["others"].get(backend, "serves")
-            if reason.startswith(f"{name} has no "):
-                reason = "-"
-            elif reason.startswith("can serve"):
-                reason = "ready"
-            elif reason != "serves":
-                reason = f"no [{notes.setdefault(reason, len(notes) + 1)}]"
-            cells.append(reason)
+            other = entry["others"].get(backend, {"status": "serves"})
+            cell = {"absent": "-"}.get(other["status"], other["status"])
+            if cell == "unavailable":
+                cell = f"no [{notes.setdefault(other['reason'], len(notes) + 1)}]"
+            cells.append(cell)
         rows.append((name, entry["backend"] or "nothing", *cells))
     yield from _table(rows)
     yield ""
