@@ -128,9 +128,6 @@ def run_child(root: Path, script: str) -> str:
     return result.stdout
 
 
-# What comes back
-
-
 def test_every_dtype_comes_back_bitwise(tmp_path):
     generator = torch.Generator().manual_seed(0)
     tensors = {}
@@ -246,9 +243,6 @@ def test_a_circular_state_is_refused(tmp_path):
         checkpoint.save(tmp_path, 0, {}, state)
 
 
-# Which ones stay
-
-
 def test_old_checkpoints_are_pruned(tmp_path):
     for step in range(5):
         save(tmp_path, step, keep=3)
@@ -311,9 +305,6 @@ def test_a_second_saver_is_refused_and_does_not_wait(tmp_path):
     save(tmp_path, 1)
 
 
-# Kills
-
-
 def test_a_kill_at_a_random_instant_loses_no_finished_save(tmp_path):
     """100 SIGKILLs during repeated saves: 0 unusable, no acknowledged step lost."""
     output = run_child(
@@ -332,7 +323,7 @@ for trial in range(100):
             checkpoint.save(root, step, parts(step, 1 << 18), {"step": step})
             os.write(writer, step.to_bytes(8, "little"))
     os.close(writer)
-    time.sleep(random.uniform(0.002, 0.05))
+    time.sleep(random.uniform(0.002, 0.05))  # the instant is what is tested
     os.kill(child, signal.SIGKILL)
     os.waitpid(child, 0)
     with open(reader, "rb") as file:
@@ -436,9 +427,6 @@ def test_all_is_on_disk_before_the_rename_and_the_rename_before_the_removal(tmp_
     events.clear()
     save(made, 1)
     assert [("fsync", tmp_path), ("fsync", made.parent)] == [event[:2] for event in events[:2]]
-
-
-# Errors of the file system
 
 
 @pytest.mark.parametrize("step", [2, 3], ids=["replaced", "new"])
@@ -585,9 +573,6 @@ def release():
     assert result.stdout == "ENOSPC\n"
 
 
-# Damage
-
-
 @pytest.fixture
 def two(tmp_path):
     save(tmp_path, 1)
@@ -698,9 +683,6 @@ def test_nonfinite_tensors_are_refused_by_name(tmp_path, dtype, bad):
     )
     assert_holds(found, 1)
     assert "teacher.safetensors: block.3 holds NaN" in refused[0][1]
-
-
-# Hostile files: the manifest fits, the content is evil
 
 
 def forge(path: Path, files: dict[str, bytes]) -> Path:
@@ -860,9 +842,6 @@ def test_no_source_file_unpickles(folder):
             if isinstance(node, ast.keyword) and ast.unparse(node) == "weights_only=False":
                 found.append(f"{path}:{node.lineno}: weights_only=False")
     assert found == []
-
-
-# Another method, another size
 
 
 def test_difference_names_the_fields():

@@ -19,7 +19,6 @@ MAY_IMPORT = {
     # One level: the trainer evaluates while it runs, so eval does not know the trainer.
     "train": {"ops", "nn", "methods", "models", "data", "eval"},
     "eval": {"ops", "nn", "methods", "models", "data"},
-    "interop": {"ops", "nn", "methods", "models", "compat", "train"},
     "info": {"ops"},
 }
 # cli, __init__ and __main__ stand above everything.

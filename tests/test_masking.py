@@ -156,7 +156,7 @@ def test_ratio_outside_the_open_interval_is_refused(ratio):
 
 
 def test_ratio_that_keeps_nothing_is_refused_with_one_that_works():
-    with pytest.raises(ValueError, match=r"keeps 0 visible.*Choose a ratio between 0.0625 and"):
+    with pytest.raises(ValueError, match=r"keeps 0 visible.*choose a ratio from 0.0312 to 0.9062"):
         num_keep(16, 0.99)
 
 
@@ -164,11 +164,11 @@ def test_ratio_that_keeps_nothing_is_refused_with_one_that_works():
 def test_keeping_all_or_none_is_refused(kept):
     noise = torch.rand(2, 16)
     message = rf"expected num_keep in \[1, 16\), got {kept} of 16 patches"
-    with pytest.raises(ValueError, match=f"masks_from_noise|masks_from_shuffle: {message}"):
+    with pytest.raises(ValueError, match=f"^masks_from_noise: {message}"):
         masks_from_noise(noise, kept)
-    with pytest.raises(ValueError, match=f"masks_from_shuffle: {message}"):
+    with pytest.raises(ValueError, match=f"^masks_from_shuffle: {message}"):
         masks_from_shuffle(noise.argsort(dim=1), kept)
-    with pytest.raises(ValueError, match=f"sample_masks: {message}"):
+    with pytest.raises(ValueError, match=f"^sample_masks: {message}"):
         sample_masks(0, 0, torch.arange(2), 16, kept)
 
 
