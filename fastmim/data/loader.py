@@ -266,11 +266,10 @@ def eval_batches(
     name = "eval_batches"
     _check_int(name, "batch_size", batch_size, 1)
     _check_int(name, "workers", workers, 0)
-    total = len(source)
+    total = count = len(source)
     if limit is not None:
         _check_int(name, "limit", limit, 1)
-        limit = min(limit, total)
-    count = total if limit is None else limit
+        count = min(limit, total)
     if not 0 < crop_ratio <= 1:
         raise ValueError(f"{name}: expected crop_ratio in (0, 1], got {crop_ratio}")
     indices = np.arange(count, dtype=np.int64) * total // count
