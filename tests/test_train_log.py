@@ -184,6 +184,16 @@ def test_progress_shows_all_that_was_promised(path, capsys):
     assert memory == f"{now:.2f} GiB (peak {peak:.2f})  ETA 3:18"
 
 
+@pytest.mark.parametrize(("value", "text"), [
+    (0.0, "0.0000"), (1.9e-5, "1.9e-05"), (0.0123, "0.0123"), (12.0, "12.0000"), (math.nan, "nan"),
+])  # fmt: skip
+def test_small_losses_keep_their_digits(path, capsys, value, text):
+    written = run_log(path)
+    written.step(1, result(value), 1.0, 0.0)
+    written.close()
+    assert f"  loss {text}  pixel " in capsys.readouterr().err
+
+
 def test_without_a_terminal_there_is_a_line_every_ten_seconds(path, clock, capsys):
     written = run_log(path, total=40)
     seen = []

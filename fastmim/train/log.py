@@ -247,7 +247,7 @@ class RunLog:
             f"ETA {duration((self.total_steps - self._done) * per_step)}",
         ]
         values = [
-            *(f"{name} {value:.4f}" for name, value in self._losses.items()),
+            *(f"{name} {_number(value)}" for name, value in self._losses.items()),
             f"{rate:.{0 if rate >= 10 else 1}f} images/s",
             f"data wait {100 * wait / seconds:.0f}%",
         ]
@@ -262,6 +262,10 @@ class RunLog:
         if not self._current:
             self._show()
         self.metrics.close()
+
+
+def _number(value: float) -> str:
+    return f"{value:.1e}" if 0 < abs(value) < 1e-3 else f"{value:.4f}"
 
 
 def _pack(fields: list[str], width: int) -> list[str]:
