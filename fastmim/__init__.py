@@ -1,14 +1,36 @@
-"""fastmim: masked image modelling for Vision Transformers, backed by kernels."""
+"""fastmim: masked image modelling for Vision Transformers, backed by kernels.
 
+Names are imported when they are first used, so ``import fastmim`` alone does not import torch.
+"""
+
+import importlib
 from importlib.metadata import PackageNotFoundError, version
 
-from fastmim.methods import MAE, METHODS, RCMAE
-from fastmim.models import MODELS, create_model
-from fastmim.ops import OPS, use_backend
+_HOMES = {
+    "MAE": "fastmim.methods",
+    "METHODS": "fastmim.methods",
+    "MODELS": "fastmim.models",
+    "OPS": "fastmim.ops",
+    "RCMAE": "fastmim.methods",
+    "create_model": "fastmim.models",
+    "use_backend": "fastmim.ops",
+}
+_MODULES = {"compat", "data", "eval", "info", "methods", "models", "nn", "ops", "train"}
+__all__ = sorted(_HOMES)
 
 try:
     __version__ = version("fastmim")
 except PackageNotFoundError:  # used from a checkout that is not installed
     __version__ = "0.0.0"
 
-__all__ = ["MAE", "METHODS", "MODELS", "OPS", "RCMAE", "create_model", "use_backend"]
+
+def __getattr__(name: str):
+    if name in _HOMES:
+        return getattr(importlib.import_module(_HOMES[name]), name)
+    if name in _MODULES:
+        return importlib.import_module(f"fastmim.{name}")
+    raise AttributeError(f"module 'fastmim' has no attribute '{name}'")
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *_HOMES, *_MODULES})

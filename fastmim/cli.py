@@ -144,7 +144,7 @@ def _parser(preset: str) -> ArgumentParser:
         "knn RUN [options]",
     )
     knn.add_argument("run", type=str, help="Folder of a run, or of one checkpoint.")
-    knn.add_class_arguments(Evaluation, "evaluation", skip={"knn_every", "knn_at_end"})
+    knn.add_class_arguments(Evaluation, "eval", skip={"knn_every", "knn_at_end"})
     commands.add_subcommand("knn", knn, help="kNN accuracy of a run's features")
 
     visualize = _command("Picture of what a run's networks reconstruct.", "visualize RUN [options]")
@@ -175,7 +175,7 @@ def _pretrain_parser(preset: str) -> ArgumentParser:
     parser.add_class_arguments(Pretrain, as_group=False)
     chosen = PRESETS[preset]
     defaults = {"preset": preset, "method": chosen.method}
-    for group in ("recipe", "efficiency", "evaluation"):
+    for group in ("recipe", "efficiency", "eval"):
         defaults |= {f"{group}.{key}": value for key, value in getattr(chosen, group).items()}
     parser.set_defaults(defaults)
     return parser
@@ -227,9 +227,9 @@ def _pretrain(call: _Call) -> int:
 
 def _report(config: Pretrain, trainer: Trainer, outcome: Outcome) -> None:
     evaluation = trainer.evaluation
-    if config.evaluation.knn_at_end and evaluation.obstacle:
+    if config.eval.knn_at_end and evaluation.obstacle:
         say(f"no kNN accuracy: {evaluation.obstacle}")
-    elif config.evaluation.knn_at_end:
+    elif config.eval.knn_at_end:
         _print_accuracies(evaluation, compare(evaluation, trainer.method, trainer.identity))
     files = sorted(path.name for path in outcome.folder.iterdir() if path.name[0] != ".")
     say(f"{outcome.folder} holds {', '.join(files)}")
@@ -237,9 +237,9 @@ def _report(config: Pretrain, trainer: Trainer, outcome: Outcome) -> None:
 
 def _knn(call: _Call) -> int:
     checkpoint, method = restore_run(call.options.run)
-    chosen = call.parser.parse_args(call.argv, defaults=False).knn.get("evaluation", {})
+    chosen = call.parser.parse_args(call.argv, defaults=False).knn.get("eval", {})
     ran = checkpoint.state["config"]
-    config = Evaluation(**{**ran["evaluation"], "knn_every": 0, **dict(chosen)})
+    config = Evaluation(**{**ran["eval"], "knn_every": 0, **dict(chosen)})
     embed = method.student.patch_embed
     evaluation = KNNEvaluation(
         replace(config, bank=None),
@@ -266,7 +266,7 @@ def _visualize(call: _Call) -> int:
         count=given.count,
         mask_ratio=method.mask_ratio,
         seed=given.seed,
-        crop_ratio=ran["evaluation"]["crop_ratio"],
+        crop_ratio=ran["eval"]["crop_ratio"],
     )
     say(f"wrote {path}")
     return 0

@@ -39,7 +39,7 @@ def last_error(capsys) -> str:
 def finished(tmp_path_factory) -> Path:
     """The folder of a finished run on the digits."""
     folder = tmp_path_factory.mktemp("finished")
-    Trainer(pretrain(folder, evaluation={"crop_ratio": 0.5, "k": 7})).run()
+    Trainer(pretrain(folder, eval={"crop_ratio": 0.5, "k": 7})).run()
     return folder / "run"
 
 
@@ -68,8 +68,8 @@ def finished(tmp_path_factory) -> Path:
     ("--efficiency.device=gpu", "expected auto, cpu, cuda or cuda:N, got 'gpu'"),
     ("--efficiency.device=cuda:99", "efficiency.device: 'cuda:99' was asked for, but"),
     ("--efficiency.precision=fp16", 'Parser key "efficiency.precision"'),
-    ("--evaluation.queries={tmp}/photos", "the images have 3 channels, the network takes 1"),
-    ("--evaluation.bank={tmp}/nowhere", "nowhere' does not exist"),
+    ("--eval.queries={tmp}/photos", "the images have 3 channels, the network takes 1"),
+    ("--eval.bank={tmp}/nowhere", "nowhere' does not exist"),
     ("--recipe.epoch=3", "did you mean --recipe.epochs?"),
     ("--epochs=3", "did you mean --recipe.epochs?"),
     ("--nonsense", "unrecognized arguments: --nonsense"),
@@ -113,13 +113,13 @@ def test_distributed_start_is_refused(tmp_path, capsys, monkeypatch):
 def test_accuracy_without_labels_is_refused_if_asked_for(tmp_path, capsys):
     write_images(tmp_path / "photos", 8)
     photos = f"--data.path={tmp_path / 'photos'}"
-    assert run(tmp_path, photos, "--evaluation.knn_every=1") == 2
+    assert run(tmp_path, photos, "--eval.knn_every=1") == 2
     assert (
-        "evaluation.knn_every: kNN accuracy cannot be measured: there are no labels in folder"
+        "eval.knn_every: kNN accuracy cannot be measured: there are no labels in folder"
         in (last_error(capsys))
     )
-    assert run(tmp_path, "--evaluation.knn_every=1", "--evaluation.limit=20") == 2
-    assert "evaluation.k is 20, and there are 19 labelled neighbours" in last_error(capsys)
+    assert run(tmp_path, "--eval.knn_every=1", "--eval.limit=20") == 2
+    assert "eval.k is 20, and there are 19 labelled neighbours" in last_error(capsys)
 
 
 @pytest.mark.parametrize(("argv", "message"), [
@@ -131,9 +131,9 @@ def test_accuracy_without_labels_is_refused_if_asked_for(tmp_path, capsys):
     (["visualize", "{run}", "--count=0"], "count"),
     (["visualize", "{run}", "--images={tmp}/photos"], "have 3 channels, the network takes 1"),
     (["visualize", "{run}", "--out={tmp}/no/folder/a.png"], "No such file or directory"),
-    (["knn", "{run}", "--evaluation.bank={tmp}/photos"], "have 3 channels, the network takes 1"),
-    (["knn", "{run}", "--evaluation.k=1797"], "there are 1796 labelled neighbours"),
-    (["knn", "{run}", "--evaluation.kk=3"], "did you mean --evaluation.k?"),
+    (["knn", "{run}", "--eval.bank={tmp}/photos"], "have 3 channels, the network takes 1"),
+    (["knn", "{run}", "--eval.k=1797"], "there are 1796 labelled neighbours"),
+    (["knn", "{run}", "--eval.kk=3"], "did you mean --eval.k?"),
 ])  # fmt: skip
 def test_other_commands_refuse_bad_input(tmp_path, finished, capsys, argv, message):
     write_images(tmp_path / "photos", 2)
@@ -224,7 +224,7 @@ def parsed(monkeypatch, argv: list[str]) -> Pretrain:
     ["--preset=mae_base_800"],
     ["--preset", "tiny224", "--method", "mae", "--recipe.img_size=[32,48]", "--data.path=a b"],
     ["--recipe.clip_grad=1", "--recipe.crop_scale=[0.5,1]", "--output.folder=/tmp/x",
-     "--efficiency.micro_batch=8", "--evaluation.knn_at_end=false", "--stop_after=3"],
+     "--efficiency.micro_batch=8", "--eval.knn_at_end=false", "--stop_after=3"],
 ])  # fmt: skip
 def test_printed_configuration_gives_the_same_run(tmp_path, capsys, monkeypatch, argv):
     with pytest.raises(SystemExit) as end:
@@ -260,7 +260,7 @@ def test_defaults_are_the_digits(monkeypatch):
 
 
 def test_end_of_a_run_compares_networks_and_pixels(tmp_path, capsys):
-    assert run(tmp_path, "--recipe.batch_size=512", "--evaluation.k=5") == 0
+    assert run(tmp_path, "--recipe.batch_size=512", "--eval.k=5") == 0
     printed = capsys.readouterr()
     lines = printed.out.splitlines()
     assert lines[0] == "kNN accuracy (k = 5, each of 1797 images against all others):"
@@ -275,8 +275,8 @@ def test_end_of_a_run_compares_networks_and_pixels(tmp_path, capsys):
 
 
 def test_accuracy_is_logged_during_the_run(tmp_path, capsys):
-    options = ["--recipe.batch_size=512", "--recipe.epochs=2", "--evaluation.knn_every=1"]
-    assert run(tmp_path, *options, "--evaluation.limit=200", "--evaluation.k=5") == 0
+    options = ["--recipe.batch_size=512", "--recipe.epochs=2", "--eval.knn_every=1"]
+    assert run(tmp_path, *options, "--eval.limit=200", "--eval.k=5") == 0
     logged = [line for line in metrics(tmp_path / "run") if "knn_accuracy" in line]
     assert [(line["step"], line["epoch"]) for line in logged] == [(3, 1), (6, 2)]
     last = 100 * logged[-1]["knn_accuracy"]
@@ -298,7 +298,7 @@ def test_too_few_images_for_the_neighbours_are_told(tmp_path, capsys):
         write_images(tmp_path / "photos" / name, 4)
     assert run(tmp_path, f"--data.path={tmp_path / 'photos'}") == 0
     assert (
-        "no kNN accuracy: evaluation.k is 20, and there are 7 labelled" in capsys.readouterr().err
+        "no kNN accuracy: eval.k is 20, and there are 7 labelled" in capsys.readouterr().err
     )
 
 
@@ -306,18 +306,18 @@ def test_knn_takes_the_options_of_the_run_unless_told(finished, capsys):
     assert main(["knn", str(finished)]) == 0
     first = capsys.readouterr().out
     assert "k = 7, each of 1797" in first
-    assert main(["knn", str(finished), "--evaluation.crop_ratio=1", "--evaluation.limit=300"]) == 0
+    assert main(["knn", str(finished), "--eval.crop_ratio=1", "--eval.limit=300"]) == 0
     second = capsys.readouterr().out
     assert "k = 7, each of 300" in second
-    assert main(["knn", str(finished), "--evaluation.bank=digits"]) == 0
+    assert main(["knn", str(finished), "--eval.bank=digits"]) == 0
     assert capsys.readouterr().out == first
-    assert main(["knn", str(finished), "--evaluation.queries=digits"]) == 0
+    assert main(["knn", str(finished), "--eval.queries=digits"]) == 0
     assert "k = 7, 1797 images against 1797" in capsys.readouterr().out
 
 
 def test_commands_take_a_single_checkpoint(tmp_path, finished, capsys):
     checkpoint = max((finished / "checkpoints").iterdir())
-    assert main(["knn", str(checkpoint), "--evaluation.limit=100"]) == 0
+    assert main(["knn", str(checkpoint), "--eval.limit=100"]) == 0
     picture = tmp_path / "a.png"
     assert main(["visualize", str(checkpoint), "--count=2", f"--out={picture}"]) == 0
     assert f"wrote {picture}" in capsys.readouterr().err

@@ -33,7 +33,7 @@ REFUSED = [
         "micro_batch": [0], "workers": [-1], "threads": [0], "precision": ["fp16"],
     }),
     (Data, "data.", {"max_bad_fraction": [-0.1, 1.1, math.nan]}),
-    (Evaluation, "evaluation.", {
+    (Evaluation, "eval.", {
         "knn_every": [-1], "limit": [-1], "k": [0], "temperature": [0.0], "crop_ratio": [0.0, 1.1],
     }),
     (Output, "output.", {
@@ -60,7 +60,7 @@ def test_value_out_of_range_is_refused_by_name(group, option, name, value):
 
 def test_every_number_has_a_rule():
     """Of the options that are not names, only these take any value."""
-    free = {"norm_pix", "img_size", "crop_scale", "crop_ratio", "hflip", "knn_at_end"}
+    free = {"norm_pix", "img_size", "crop_scale", "crop_aspect", "hflip", "knn_at_end"}
     words = {"str", "str | None", "Path"}
     for group, _, options in REFUSED:
         for field in dataclasses.fields(group):
@@ -93,7 +93,7 @@ def test_preset_is_a_recipe_with_a_source(name):
     recipe = Recipe(**preset.recipe)
     assert recipe.model in MODELS
     Efficiency(**preset.efficiency)
-    Evaluation(**preset.evaluation)
+    Evaluation(**preset.eval)
 
 
 @pytest.mark.parametrize("name", [n for n in PRESETS if n.startswith(("mae_", "rc_mae_"))])

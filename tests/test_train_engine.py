@@ -353,7 +353,7 @@ def test_precisions(monkeypatch):
         "fp32",
     ]
     for native, expected in ((True, "bf16"), (False, "fp32")):
-        monkeypatch.setattr(torch.cpu, "get_capabilities", lambda has=native: {"avx512_bf16": has})
+        monkeypatch.setattr(torch.cpu, "_is_avx512_bf16_supported", lambda has=native: has)
         assert resolve_precision("auto", cpu, 768) == expected
     with pytest.raises(ValueError, match="expected auto, fp32 or bf16, got 'fp16'"):
         resolve_precision("fp16", cpu, 768)

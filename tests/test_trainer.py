@@ -229,7 +229,7 @@ def test_second_ctrl_c_stops_at_once(tmp_path, unbroken):
 
 
 def test_signal_at_the_end_of_an_epoch_loses_no_evaluation(tmp_path, monkeypatch):
-    config = partial(pretrain, evaluation={"knn_every": 2, "limit": 100, "k": 5})
+    config = partial(pretrain, eval={"knn_every": 2, "limit": 100, "k": 5})
     Trainer(config(tmp_path / "a")).run()
     knn = [line["step"] for line in metrics(tmp_path / "a" / "run") if "knn_accuracy" in line]
     assert knn == [14, 28]
@@ -421,7 +421,7 @@ def test_last_checkpoint_not_written_is_an_error(tmp_path, unbroken):
 
 
 def test_evaluation_sees_the_teacher_and_no_gradients(tmp_path, monkeypatch):
-    trainer = Trainer(pretrain(tmp_path, evaluation={"knn_every": 4, "limit": 50, "k": 3}))
+    trainer = Trainer(pretrain(tmp_path, eval={"knn_every": 4, "limit": 50, "k": 3}))
     seen = []
 
     def accuracy_of(encoder):

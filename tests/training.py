@@ -44,7 +44,7 @@ def pretrain(
     *,
     data=None,
     efficiency=None,
-    evaluation=None,
+    eval=None,
     output=None,
     recipe=recipe(),  # noqa: B008 - frozen
     **options,
@@ -55,7 +55,7 @@ def pretrain(
         data=Data(**(data or {})),
         recipe=recipe,
         efficiency=Efficiency(**{"threads": 1, **(efficiency or {})}),
-        evaluation=Evaluation(**{"knn_at_end": False, **(evaluation or {})}),
+        eval=Evaluation(**{"knn_at_end": False, **(eval or {})}),
         output=Output(folder=folder, **output),
         **options,
     )

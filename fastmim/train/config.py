@@ -27,7 +27,7 @@ class Recipe:
         adam_eps: AdamW's epsilon.
         clip_grad: Largest global gradient norm; none: no clipping.
         crop_scale: Area of the random crop as a fraction of the image, from and to.
-        crop_ratio: Aspect ratio of the random crop, from and to.
+        crop_aspect: Aspect ratio (width : height) of the random crop, from and to.
         hflip: Probability of a horizontal flip.
         gamma: Weight of the teacher's consistency term (RC-MAE).
         momentum: Of the EMA teacher at the start of the run (RC-MAE).
@@ -51,7 +51,7 @@ class Recipe:
     adam_eps: float = 1e-8
     clip_grad: float | None = None
     crop_scale: tuple[float, float] = (0.2, 1.0)
-    crop_ratio: tuple[float, float] = (3 / 4, 4 / 3)
+    crop_aspect: tuple[float, float] = (3 / 4, 4 / 3)
     hflip: float = 0.5
     gamma: float = 1.0
     momentum: float = 0.996
@@ -162,7 +162,7 @@ class Evaluation:
 
     def __post_init__(self) -> None:
         _check(
-            "evaluation.",
+            "eval.",
             self,
             knn_every=(self.knn_every >= 0, "at least 0"),
             limit=(self.limit >= 0, "at least 0"),
@@ -220,7 +220,7 @@ class Pretrain:
         data: Where the images are.
         recipe: What is trained and how; changes the result.
         efficiency: How fast and in how much memory; must not change the result.
-        evaluation: kNN accuracy of the features.
+        eval: kNN accuracy of the features.
         output: What is written, and how often.
     """
 
@@ -232,7 +232,7 @@ class Pretrain:
     data: Data = field(default_factory=Data)
     recipe: Recipe = field(default_factory=Recipe)
     efficiency: Efficiency = field(default_factory=Efficiency)
-    evaluation: Evaluation = field(default_factory=Evaluation)
+    eval: Evaluation = field(default_factory=Evaluation)
     output: Output = field(default_factory=Output)
 
     def __post_init__(self) -> None:

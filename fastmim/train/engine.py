@@ -85,7 +85,7 @@ def resolve_precision(precision: str, device: torch.device, width: int) -> str:
         raise ValueError(f"efficiency.precision: expected auto, fp32 or bf16, got '{precision}'")
     if device.type == "cuda":
         return "bf16" if torch.cuda.is_bf16_supported() else "fp32"
-    native = device.type == "cpu" and torch.cpu.get_capabilities().get("avx512_bf16", False)
+    native = device.type == "cpu" and torch.cpu._is_avx512_bf16_supported()
     return "bf16" if native and width >= _NARROWEST_BF16_CPU else "fp32"
 
 

@@ -51,14 +51,14 @@ class KNNEvaluation:
         for name, images in (("bank", self.bank), ("queries", self.queries)):
             if images is not None and images.channels != channels:
                 raise ValueError(
-                    f"evaluation.{name}: the images have {images.channels} channels, the network "
+                    f"eval.{name}: the images have {images.channels} channels, the network "
                     f"takes {channels}"
                 )
         self.obstacle = self._find_obstacle()
         if config.knn_every and self.obstacle:
             raise ValueError(
-                f"evaluation.knn_every: kNN accuracy cannot be measured: {self.obstacle}, or set "
-                "evaluation.knn_every to 0"
+                f"eval.knn_every: kNN accuracy cannot be measured: {self.obstacle}, or set "
+                "eval.knn_every to 0"
             )
 
     def _find_obstacle(self) -> str | None:
@@ -69,7 +69,7 @@ class KNNEvaluation:
         neighbours -= self.queries is None  # an image is no neighbour of itself
         if self.config.k > neighbours:
             return (
-                f"evaluation.k is {self.config.k}, and there are {neighbours} labelled neighbours; "
+                f"eval.k is {self.config.k}, and there are {neighbours} labelled neighbours; "
                 "use a smaller k or more images"
             )
         return None

@@ -12,14 +12,14 @@ class Preset:
         method: Method it was made for.
         recipe: Fields of :class:`fastmim.train.config.Recipe`.
         efficiency: Fields of :class:`fastmim.train.config.Efficiency`.
-        evaluation: Fields of :class:`fastmim.train.config.Evaluation`.
+        eval: Fields of :class:`fastmim.train.config.Evaluation`.
     """
 
     source: str
     method: str
     recipe: dict
     efficiency: dict = field(default_factory=dict)
-    evaluation: dict = field(default_factory=dict)
+    eval: dict = field(default_factory=dict)
 
 
 _MAE = dict(
@@ -41,12 +41,12 @@ _PHOTOS = dict(crop_ratio=0.875)
 def _mae(size: str, epochs: int) -> Preset:
     note = "" if epochs == 800 else "; the length of the paper's checkpoints"
     recipe = {**_MAE, "model": f"mae_vit_{size}", "epochs": epochs}
-    return Preset(_MAE_SOURCE + note, "mae", recipe, efficiency=_LARGE_BATCH, evaluation=_PHOTOS)
+    return Preset(_MAE_SOURCE + note, "mae", recipe, efficiency=_LARGE_BATCH, eval=_PHOTOS)
 
 
 def _rc_mae(size: str, **changes) -> Preset:
     recipe = {**_RC_MAE, "model": f"rc_vit_{size}", **changes}
-    return Preset(_RC_SOURCE, "rc_mae", recipe, efficiency=_LARGE_BATCH, evaluation=_PHOTOS)
+    return Preset(_RC_SOURCE, "rc_mae", recipe, efficiency=_LARGE_BATCH, eval=_PHOTOS)
 
 
 PRESETS: dict[str, Preset] = {
@@ -88,7 +88,7 @@ PRESETS: dict[str, Preset] = {
             base_lr=1e-3,
         ),
         efficiency=dict(workers=2),
-        evaluation=_PHOTOS,
+        eval=_PHOTOS,
     ),
     "mae_base_800": _mae("base_patch16", 800),
     "mae_base_1600": _mae("base_patch16", 1600),
@@ -107,7 +107,7 @@ PRESETS: dict[str, Preset] = {
             "base_lr": 1e-3,
             "norm_pix": False,
         },
-        evaluation=_PHOTOS,
+        eval=_PHOTOS,
     ),
     "rc_mae_small_1600": _rc_mae("small_patch16"),
     "rc_mae_base_800": _rc_mae("base_patch16", epochs=800),

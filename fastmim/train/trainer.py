@@ -93,7 +93,7 @@ class Trainer:
             image_size=image_size,
             seed=recipe.seed,
             augmentation=Augmentation(
-                scale=recipe.crop_scale, ratio=recipe.crop_ratio, hflip=recipe.hflip
+                scale=recipe.crop_scale, ratio=recipe.crop_aspect, hflip=recipe.hflip
             ),
             workers=efficiency.workers,
             max_bad_fraction=config.data.max_bad_fraction,
@@ -109,7 +109,7 @@ class Trainer:
             steps_per_epoch=self.loader.sampler.steps_per_epoch,
         )
         self.evaluation = KNNEvaluation(
-            config.evaluation,
+            config.eval,
             self.source,
             image_size=image_size,
             channels=self.source.channels,
@@ -279,7 +279,7 @@ class Trainer:
 
     def _evaluate(self, log: RunLog) -> None:
         """Measure kNN accuracy, if it is due after this step."""
-        every = self.config.evaluation.knn_every
+        every = self.config.eval.knn_every
         epoch, rest = divmod(self.done, self.engine.steps_per_epoch)
         if not every or not epoch or rest or epoch % every:
             return
@@ -339,7 +339,7 @@ class Trainer:
                     count=count,
                     mask_ratio=self.config.recipe.mask_ratio,
                     seed=self.config.recipe.seed,
-                    crop_ratio=self.config.evaluation.crop_ratio,
+                    crop_ratio=self.config.eval.crop_ratio,
                     on_bad=self._report_bad_image,
                 )
         except (OSError, ValueError) as error:
