@@ -146,10 +146,11 @@ def _command(argv: list[str], log: Path, prepare) -> None:
 
 
 def slow_steps(seconds: float) -> None:
-    """Every optimizer step takes that much longer."""
+    """Every optimizer step takes that much longer, and says that it begins."""
     run_step = Engine.run_step
 
     def slow(*args):
+        os.write(1, b"a step begins\n")
         time.sleep(seconds)
         return run_step(*args)
 

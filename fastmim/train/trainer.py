@@ -128,8 +128,6 @@ class Trainer:
         if checkpoint is not None:
             self._resume(checkpoint)
 
-    # ---- Before the first step
-
     def _resume(self, checkpoint: Checkpoint) -> None:
         state = checkpoint.state
         fields = checkpoints.difference(state.get("identity", {}), self.identity)
@@ -174,8 +172,6 @@ class Trainer:
             f"{torch.get_num_threads()}, loading processes: {self.loader.workers or 'none'}\n"
             f"{self.folder}: {start}"
         )
-
-    # ---- The loop
 
     def run(self) -> Outcome:
         """Train to the end, or until a signal, and leave checkpoint, metrics and pictures.
@@ -295,8 +291,6 @@ class Trainer:
         """The network whose features are meant to be used: the teacher's where there is one."""
         named = networks(self.method)
         return named.get("teacher", self.method.student)
-
-    # ---- What is written
 
     def _save_is_due(self, last_save: float) -> bool:
         output = self.config.output
