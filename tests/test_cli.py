@@ -43,9 +43,6 @@ def finished(tmp_path_factory) -> Path:
     return folder / "run"
 
 
-# ---- Bad input
-
-
 @pytest.mark.parametrize(("option", "message"), [
     ("--data.path={tmp}/nowhere", "nowhere' does not exist"),
     ("--data.path={tmp}/empty", "no images in "),
@@ -114,9 +111,8 @@ def test_accuracy_without_labels_is_refused_if_asked_for(tmp_path, capsys):
     write_images(tmp_path / "photos", 8)
     photos = f"--data.path={tmp_path / 'photos'}"
     assert run(tmp_path, photos, "--eval.knn_every=1") == 2
-    assert (
-        "eval.knn_every: kNN accuracy cannot be measured: there are no labels in folder"
-        in (last_error(capsys))
+    assert "eval.knn_every: kNN accuracy cannot be measured: there are no labels in folder" in (
+        last_error(capsys)
     )
     assert run(tmp_path, "--eval.knn_every=1", "--eval.limit=20") == 2
     assert "eval.k is 20, and there are 19 labelled neighbours" in last_error(capsys)
@@ -168,9 +164,6 @@ def test_ctrl_c_before_training_ends_without_a_traceback(tmp_path, capsys, monke
     assert "stopped at once" in capsys.readouterr().err
 
 
-# ---- Damaged images
-
-
 def spoil(folder: Path, count: int) -> list[str]:
     """Make the first images unusable in three ways."""
     names = sorted(path.name for path in folder.iterdir())[:count]
@@ -201,9 +194,6 @@ def test_more_damaged_images_than_allowed_stop_the_run(tmp_path, capsys):
     printed = capsys.readouterr().err
     assert "9 of 40 images cannot be used, 8 are allowed (max_bad_fraction)" in printed
     assert "Traceback" not in printed
-
-
-# ---- Configuration
 
 
 def parsed(monkeypatch, argv: list[str]) -> Pretrain:
@@ -256,9 +246,6 @@ def test_defaults_are_the_digits(monkeypatch):
     assert config.output.folder == Path("runs")
 
 
-# ---- A finished run
-
-
 def test_end_of_a_run_compares_networks_and_pixels(tmp_path, capsys):
     assert run(tmp_path, "--recipe.batch_size=512", "--eval.k=5") == 0
     printed = capsys.readouterr()
@@ -297,9 +284,7 @@ def test_too_few_images_for_the_neighbours_are_told(tmp_path, capsys):
     for name in "ab":
         write_images(tmp_path / "photos" / name, 4)
     assert run(tmp_path, f"--data.path={tmp_path / 'photos'}") == 0
-    assert (
-        "no kNN accuracy: eval.k is 20, and there are 7 labelled" in capsys.readouterr().err
-    )
+    assert "no kNN accuracy: eval.k is 20, and there are 7 labelled" in capsys.readouterr().err
 
 
 def test_knn_takes_the_options_of_the_run_unless_told(finished, capsys):
@@ -362,9 +347,6 @@ def test_real_images(tmp_path, path, size):
     assert run(tmp_path, data, *options) == 0
     assert main(["visualize", str(tmp_path / "run"), "--count=3"]) == 0
     assert run(tmp_path, data, *options[1:], "--stop_after=4") == 0
-
-
-# ---- The other commands
 
 
 def test_presets_are_listed_with_their_sources(capsys):

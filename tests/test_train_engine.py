@@ -66,9 +66,6 @@ def whole(tensors) -> torch.Tensor:
     return torch.cat([tensor.flatten() for tensor in tensors])
 
 
-# ---- Recorded schedules and groups
-
-
 @pytest.mark.parametrize("recorded", SCHEDULES["lr_schedule"], ids=["accum 1", "accum 2"])
 def test_learning_rate_is_the_recorded_one(recorded):
     micro_steps = recorded["accum_iter"]
@@ -136,9 +133,6 @@ def test_parameter_groups_are_the_recorded_ones(name):
 
 def names(recorded: dict) -> list[str]:
     return [name for group in recorded["groups_in_order"] for name in group["names"]]
-
-
-# ---- What a step does
 
 
 @pytest.mark.parametrize("clip_grad", [None, 0.5])
@@ -268,9 +262,6 @@ def test_parameter_that_the_loss_does_not_use_is_named():
         run.run_step(0, batches(0))
 
 
-# ---- Something is not finite
-
-
 def spoil_loss(run: Engine, micro_batches: list) -> None:
     micro_batches[-1].imgs[0, 0, 0] = float("nan")
     micro_batches[-1].imgs[1:] = float("inf")
@@ -329,9 +320,6 @@ def test_optimizer_state_of_another_model_is_refused():
     state["exp_avg.spare"] = state.pop("exp_avg.cls_token")
     with pytest.raises(ValueError, match=r"differs in 2 tensors: exp_avg.cls_token, exp_avg.spare"):
         engine().optimizer.load_state_dict(state)
-
-
-# ---- Devices and precisions
 
 
 def test_devices():

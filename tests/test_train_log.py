@@ -56,9 +56,6 @@ def terminal(monkeypatch, width: int) -> io.StringIO:
     return screen
 
 
-# ---- metrics.jsonl
-
-
 def test_line_holds_means_over_the_steps_since_the_last(path):
     written = run_log(path)
     for step, loss in enumerate((1.0, 2.0, 3.0, 6.0, 5.0), start=1):
@@ -170,9 +167,6 @@ def test_line_that_was_cut_short_costs_only_itself(path):
     assert [line["step"] for line in read_metrics(path)] == [2, 3]
 
 
-# ---- What a person sees
-
-
 def test_progress_shows_all_that_was_promised(path, capsys):
     written = run_log(path)
     written.step(1, result(), seconds=2.0, wait=0.5)
@@ -262,9 +256,6 @@ def test_live_display_is_redrawn_ten_times_a_second_at_most(path, clock, monkeyp
 ])  # fmt: skip
 def test_duration(seconds, text):
     assert duration(seconds) == text
-
-
-# ---- Memory
 
 
 def test_memory_is_that_of_the_process():

@@ -80,9 +80,6 @@ def infinite_gradient(engine: Engine) -> None:
     hook = weight.register_hook(lambda grad: hook.remove() or torch.full_like(grad, float("inf")))
 
 
-# ---- A run
-
-
 def test_run_leaves_checkpoints_metrics_config_and_pictures(tmp_path, capsys):
     Trainer(pretrain(tmp_path, output={"pictures": 2})).run()
     run = tmp_path / "run"
@@ -151,9 +148,6 @@ def test_trainer_writes_nothing_before_it_runs(tmp_path):
     assert not (tmp_path / "new").exists()
 
 
-# ---- Killed
-
-
 def test_killed_at_any_instant_it_ends_as_the_unbroken_run(tmp_path, unbroken):
     draw = random.Random(0)
     assert Command(["presets"], tmp_path / "log").finish() == 0  # the server starts
@@ -184,9 +178,6 @@ def test_killed_at_each_stage_of_a_save_it_ends_as_the_unbroken_run(tmp_path, un
         assert command.finish() == -signal.SIGKILL, command.printed()
     assert Command(arguments(tmp_path), tmp_path / "log").finish() == 0
     assert_same_run(tmp_path / "run", unbroken)
-
-
-# ---- Signals
 
 
 @pytest.mark.parametrize(("number", "status"), [
@@ -241,9 +232,6 @@ def test_signal_at_the_end_of_an_epoch_loses_no_evaluation(tmp_path, monkeypatch
     for _ in range(2):
         assert Trainer(config(tmp_path / "b")).run().signal is None
     assert_same_run(tmp_path / "b" / "run", tmp_path / "a" / "run")
-
-
-# ---- Resumption
 
 
 def test_damaged_checkpoint_is_told_and_the_one_before_is_used(tmp_path, unbroken, capsys):
@@ -355,9 +343,6 @@ def test_config_of_the_run_holds_all_options(tmp_path):
     assert (written["resume"], written["stop_after"]) == ("auto", None)
 
 
-# ---- Not finite
-
-
 def test_single_bad_step_is_skipped_counted_and_survived(tmp_path, monkeypatch, capsys):
     fail_at(monkeypatch, [5, 6, 9], infinite_gradient)
     trainer = Trainer(pretrain(tmp_path))
@@ -390,9 +375,6 @@ def test_bad_steps_are_counted_across_a_resumption(tmp_path, monkeypatch):
         Trainer(pretrain(tmp_path)).run()
 
 
-# ---- Disk full
-
-
 def test_disk_full_for_a_while_costs_only_checkpoints(tmp_path, unbroken, monkeypatch, capsys):
     free = iter([0, 0, 2**40, 0])
     monkeypatch.setattr(shutil, "disk_usage", lambda _: SimpleNamespace(free=next(free, 2**40)))
@@ -413,9 +395,6 @@ def test_last_checkpoint_not_written_is_an_error(tmp_path, unbroken):
     assert checkpoint_names(tmp_path / "run") == []
     assert main(arguments(tmp_path)) == 0
     assert_same_run(tmp_path / "run", unbroken)
-
-
-# ---- Evaluation and memory
 
 
 def test_evaluation_sees_the_teacher_and_no_gradients(tmp_path, monkeypatch):

@@ -142,9 +142,6 @@ def _command(argv: list[str], log: Path, prepare) -> None:
     raise SystemExit(main(argv))
 
 
-# ---- Faults, for ``Command(prepare=...)``
-
-
 def slow_steps(seconds: float) -> None:
     """Every optimizer step takes that much longer, and says that it begins."""
     run_step = Engine.run_step

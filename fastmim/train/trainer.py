@@ -188,7 +188,7 @@ class Trainer:
             if self.done < total:
                 write_config(self.folder, self.config)
             say(self._describe())
-            log = self._log = RunLog(
+            log = RunLog(
                 Metrics(self.folder / "metrics.jsonl", self.done),
                 self._window,
                 device=self.device,
