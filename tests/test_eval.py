@@ -52,9 +52,6 @@ def bank(features, labels) -> FeatureBank:
     return FeatureBank(features, labels, torch.arange(len(features)))
 
 
-# --- features
-
-
 @pytest.mark.parametrize("pool", ["mean", "cls"])
 def test_features_are_those_of_the_encoder_in_order(pool):
     model, imgs, labels = small_model(), random_images(10), torch.arange(10) % 3
@@ -116,9 +113,6 @@ def test_pixel_neighbours_know_the_digits():
     source = open_source("digits")
     given = eval_batches(source, image_size=(32, 32), batch_size=256, limit=600)
     assert knn_accuracy(pixel_features(given)) > 0.9
-
-
-# --- nearest neighbours
 
 
 def brute_force(neighbours, asked, k, temperature, leave_one_out):
@@ -200,9 +194,6 @@ def test_knn_refuses_banks_of_different_width():
     labels = torch.zeros(4).long()
     with pytest.raises(ValueError, match="one width, got 2 and 3"):
         knn_accuracy(bank(torch.ones(4, 2), labels), bank(torch.ones(4, 3), labels), k=1)
-
-
-# --- reconstruction
 
 
 def perfect_prediction(model, imgs, masks):
@@ -315,9 +306,6 @@ def test_reconstruction_says_what_is_wrong():
         reconstruction_picture(imgs, masks, {})
     with pytest.raises(ValueError, match="scale"):
         reconstruction_picture(imgs, masks, {"student": model}, scale=0)
-
-
-# --- charts
 
 
 def chart(series, **kwargs):
