@@ -101,7 +101,7 @@ def test_update_teacher_follows_the_student(imgs):
         method.student.decoder_pred.weight.add_(1.0)
     method.update_teacher()
     moved = method.teacher.module.decoder_pred.weight - before["decoder_pred.weight"]
-    accuracy.run([moved.mean().item()], [0.1], torch.float32)
+    accuracy.scalar(moved.mean(), 0.1, torch.float32)
     method.update_teacher(momentum=0.0)
     accuracy.golden(
         method.teacher.module.decoder_pred.weight, method.student.decoder_pred.weight.detach()
@@ -111,7 +111,8 @@ def test_update_teacher_follows_the_student(imgs):
 def test_momentum_rises_to_one_along_a_cosine():
     method = RCMAE(micro(), momentum=0.996)
     values = [method.teacher_momentum(i / 100) for i in range(101)]
-    accuracy.run([values[0], values[50], values[100]], [0.996, 0.998, 1.0], torch.float32)
+    for step, expected in ((0, 0.996), (50, 0.998), (100, 1.0)):
+        accuracy.scalar(values[step], expected, torch.float32)
     assert values == sorted(values)
     assert cosine_momentum(0.5, 1.0) == 1.0
 
@@ -145,7 +146,7 @@ def test_autocast_stays_near_float32(name, imgs):
         losses = method(imgs, masks)
     losses.total.backward()
     assert losses.total.dtype == torch.float32
-    accuracy.run([losses.total.item()], [method(imgs, masks).total.item()], torch.bfloat16)
+    accuracy.scalar(losses.total, method(imgs, masks).total, torch.bfloat16)
 
 
 def saved_bytes(forward) -> int:

@@ -258,7 +258,7 @@ def test_autocast_stays_near_float32():
     assert out.pred.dtype == torch.bfloat16
     assert out.loss.dtype == torch.float32
     out.loss.backward()
-    accuracy.run([out.loss.item()], [model(imgs, masks).loss.item()], torch.bfloat16)
+    accuracy.scalar(out.loss, model(imgs, masks).loss, torch.bfloat16)
     assert all(p.grad.dtype == torch.float32 for p in model.parameters() if p.requires_grad)
 
 

@@ -153,7 +153,7 @@ def test_steps_are_those_of_plain_pytorch(clip_grad):
         expected.append(loss.item())
         loss.backward()
         norm = torch.nn.utils.clip_grad_norm_(plain.parameters(), clip_grad or float("inf"))
-        accuracy.run([result.grad_norm], [norm.item()], torch.float32)
+        accuracy.scalar(result.grad_norm, norm, torch.float32)
         for group in adamw.param_groups:
             group["lr"] = result.lr
         adamw.step()

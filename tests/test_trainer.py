@@ -44,7 +44,9 @@ def unbroken(tmp_path_factory) -> Path:
 
 
 def assert_same_run(folder: Path, unbroken: Path) -> None:
-    assert saved_bytes(folder) == saved_bytes(unbroken)
+    got, expected = saved_bytes(folder), saved_bytes(unbroken)
+    assert [n for n in expected if got.get(n) != expected[n]] == []  # a diff of bytes takes minutes
+    assert got.keys() == expected.keys()
     assert metrics(folder) == metrics(unbroken)
 
 

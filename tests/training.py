@@ -9,6 +9,7 @@ import resource
 import signal
 import sys
 import time
+from multiprocessing import forkserver
 from pathlib import Path
 
 import numpy as np
@@ -106,9 +107,17 @@ class Command:
         if root not in sys.path:  # the server takes it over, and imports this module by its name
             sys.path.append(root)
         context = multiprocessing.get_context("forkserver")
-        context.set_forkserver_preload([__name__, "fastmim.cli"])
+        context.set_forkserver_preload(["fastmim.cli"])
         self.log = log
         self.process = context.Process(target=_command, args=(argv, log, prepare))
+        here = os.getcwd()
+        # The server looks for fastmim where it starts before it looks among installed packages,
+        # and a checkout may lack the compiled kernels that the installed package has.
+        os.chdir(log.parent)
+        try:
+            forkserver.ensure_running()
+        finally:
+            os.chdir(here)
         self.process.start()
 
     def wait_for(self, happened) -> None:

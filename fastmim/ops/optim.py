@@ -115,7 +115,7 @@ def adamw_ema_(
             _scalar("adamw_ema_", "momentum", momentum, device),
             _scalar("adamw_ema_", "grad_scale", grad_scale, device),
             skip,
-            weight_decay,
+            weight_decay.contiguous(),
             beta1,
             beta2,
             eps,
@@ -185,7 +185,7 @@ def _fake_in_place(*args) -> None:
 # Sizes of the tensors of a list: mixed, empty, and more than one launch of any kernel can hold.
 _SIZES = {
     "edge": dict(sizes=(5, 0, 1, 33, 4096 + 3)),
-    "edge_many": dict(sizes=(7,) * 150),
+    "edge_many": dict(sizes=(7,) * 520),
     "edge_single": dict(sizes=(1,)),
     "vit_s": dict(sizes=(384 * 1536, 1536, 384, 384 * 1152) * 48),
     "vit_b": dict(sizes=(768 * 3072, 3072, 768, 768 * 2304) * 48),

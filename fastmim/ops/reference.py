@@ -210,7 +210,7 @@ def adamw_ema_(
     beta2: float,
     eps: float,
 ) -> None:
-    if bool(skip):
+    if bool(skip) or not params:
         return
     step += 1
     rate, factor, count = float(lr), float(grad_scale), int(step)

@@ -124,7 +124,8 @@ class Data:
     Args:
         path: A folder of images (searched recursively), a parquet file or folder in Hugging Face's
             layout, or "digits", the embedded data set.
-        max_bad_fraction: Fraction of unreadable images above which the run stops.
+        max_bad_fraction: Fraction of unreadable images above which the run stops, at least 8
+            images; 0: at the first.
     """
 
     path: str = "digits"

@@ -1,5 +1,6 @@
 """Named recipes, each with its source."""
 
+import os
 from dataclasses import dataclass, field
 
 
@@ -34,7 +35,7 @@ _MAE = dict(
 _MAE_SOURCE = "MAE's released pre-training recipe (arXiv:2111.06377, table 8): 64 GPUs x 64 images"
 _RC_MAE = {**_MAE, "epochs": 1600, "gamma": 1.0, "momentum": 0.996}
 _RC_SOURCE = "RC-MAE's released pre-training scripts (arXiv:2210.02077), momentum to 1 over the run"
-_LARGE_BATCH = dict(micro_batch=256, workers=8)
+_LARGE_BATCH = dict(micro_batch=256, workers=min(8, os.cpu_count() or 1))
 _PHOTOS = dict(crop_ratio=0.875)
 
 
