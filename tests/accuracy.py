@@ -60,7 +60,7 @@ def run(losses: Sequence[float], expected: Sequence[float], dtype: torch.dtype) 
 
 def scalar(got: float | Tensor, expected: float | Tensor, dtype: torch.dtype) -> None:
     """``dtype`` is the less precise one of the two computations."""
-    run([float(got)], [float(expected)], dtype)
+    run(*([torch.as_tensor(value).item()] for value in (got, expected)), dtype)
 
 
 def sampled(sample: Tensor, mean: Tensor) -> None:

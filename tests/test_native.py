@@ -140,13 +140,16 @@ print(module.native.build_info()["simd_in_use"], digest.hexdigest())
 """
 
 
-def test_bits_do_not_depend_on_the_instruction_set():
+def test_bits_do_not_depend_on_the_instruction_set(tmp_path):
     digests = {}
     for variant in native.build_info()["simd_variants"]:
         env = os.environ | {"ATEN_CPU_CAPABILITY": variant}
         env["PYTHONPATH"] = os.pathsep.join(filter(None, sys.path))
         command = [sys.executable, "-c", DIGEST, __file__]
-        done = subprocess.run(command, env=env, capture_output=True, text=True, check=False)
+        # Not in the checkout: "python -c" would look there for fastmim before anywhere else.
+        done = subprocess.run(
+            command, env=env, cwd=tmp_path, capture_output=True, text=True, check=False
+        )
         assert done.returncode == 0, done.stderr
         used, digest = done.stdout.split()
         digests[used] = digest
