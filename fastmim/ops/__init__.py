@@ -2,8 +2,11 @@
 
 from fastmim.ops._registry import OPS, use_backend
 from fastmim.ops.attention import attention
+from fastmim.ops.feature_loss import feature_loss
 from fastmim.ops.gather import gather_tokens, scatter_tokens
 from fastmim.ops.masking import Masks, masks_from_noise, masks_from_shuffle, num_keep, sample_masks
+from fastmim.ops.mlp import bias_gelu, bias_gelu_linear
+from fastmim.ops.norm import Normalized, norm, norm_linear
 from fastmim.ops.optim import adamw_ema_, ema_update_
 from fastmim.ops.patch_loss import PatchLoss, patch_loss
 from fastmim.ops.patches import gather_patches, patchify, unpatchify
@@ -12,14 +15,20 @@ from fastmim.ops.restore import restore_tokens
 __all__ = [
     "OPS",
     "Masks",
+    "Normalized",
     "PatchLoss",
     "adamw_ema_",
     "attention",
+    "bias_gelu",
+    "bias_gelu_linear",
     "ema_update_",
+    "feature_loss",
     "gather_patches",
     "gather_tokens",
     "masks_from_noise",
     "masks_from_shuffle",
+    "norm",
+    "norm_linear",
     "num_keep",
     "patch_loss",
     "patchify",

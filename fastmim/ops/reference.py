@@ -7,6 +7,7 @@ Every kernel is tested against it.
 import math
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 _WORD = 0xFFFFFFFF  # 32-bit words are held in int64
@@ -186,6 +187,135 @@ def patch_loss(
         consistency = distance.square().sum() / count
         error = error + gamma * distance
     return pixel + gamma * consistency, pixel, consistency, (error * (2 / count)).to(pred.dtype)
+
+
+def _wide(x: Tensor) -> Tensor:
+    return x if x.dtype == torch.float64 else x.float()
+
+
+def norm(
+    x: Tensor,
+    branch: Tensor | None,
+    weight: Tensor,
+    bias: Tensor,
+    eps: float,
+    dtype: torch.dtype,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    total = x if branch is None else (_wide(x) + _wide(branch)).to(x.dtype)
+    centred = _wide(total)
+    mean = centred.mean(dim=-1)
+    centred = centred - mean[..., None]
+    rstd = (centred.square().mean(dim=-1) + eps).rsqrt()
+    out = centred * rstd[..., None] * weight.to(mean.dtype) + bias.to(mean.dtype)
+    kept = total.new_empty(0) if branch is None else total.contiguous()
+    return out.to(dtype).contiguous(), kept, mean, rstd
+
+
+def norm_backward(
+    grad: Tensor,
+    grad_total: Tensor | None,
+    total: Tensor,
+    mean: Tensor,
+    rstd: Tensor,
+    weight: Tensor,
+) -> tuple[Tensor, Tensor, Tensor]:
+    grad = grad.to(mean.dtype)
+    unit = (total.to(mean.dtype) - mean[..., None]) * rstd[..., None]
+    scaled = grad * weight.to(mean.dtype)
+    along = (scaled * unit).mean(dim=-1, keepdim=True)
+    grad_x = (scaled - scaled.mean(dim=-1, keepdim=True) - unit * along) * rstd[..., None]
+    if grad_total is not None:
+        grad_x = grad_x + grad_total.to(mean.dtype)
+    grad_weight = (grad * unit).flatten(0, -2).sum(dim=0)
+    grad_bias = grad.flatten(0, -2).sum(dim=0)
+    return (
+        grad_x.to(total.dtype).contiguous(),
+        grad_weight.to(weight.dtype),
+        grad_bias.to(weight.dtype),
+    )
+
+
+def norm_linear(
+    x: Tensor,
+    branch: Tensor | None,
+    norm_weight: Tensor,
+    norm_bias: Tensor,
+    eps: float,
+    weight: Tensor,
+    bias: Tensor | None,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    rows, *kept = norm(x, branch, norm_weight, norm_bias, eps, weight.dtype)
+    return F.linear(rows, weight, bias), *kept
+
+
+def bias_gelu(x: Tensor, bias: Tensor) -> Tensor:
+    wide = _wide(x)
+    return F.gelu(wide + bias.to(wide.dtype)).to(x.dtype).contiguous()
+
+
+def bias_gelu_backward(grad: Tensor, x: Tensor, bias: Tensor) -> tuple[Tensor, Tensor]:
+    wide = _wide(x)
+    z = wide + bias.to(wide.dtype)
+    density = (-0.5 * z.square()).exp() / math.sqrt(2 * math.pi)
+    cumulative = 0.5 * (1 + (z / math.sqrt(2)).erf())
+    grad_x = grad.to(wide.dtype) * (cumulative + z * density)
+    grad_bias = grad_x.flatten(0, -2).sum(dim=0)
+    return grad_x.to(x.dtype).contiguous(), grad_bias.to(bias.dtype)
+
+
+def bias_gelu_linear(x: Tensor, bias: Tensor, weight: Tensor, out_bias: Tensor | None) -> Tensor:
+    return F.linear(bias_gelu(x, bias), weight, out_bias)
+
+
+def feature_target(
+    target: Tensor,
+    ids: Tensor | None,
+    normalize: bool,
+    weight: Tensor | None,
+    bias: Tensor | None,
+) -> Tensor:
+    """The rows ``ids`` of the teacher's features, normalised per token, then the affine."""
+    z = _wide(target if ids is None else gather_tokens(target, ids))
+    if normalize and z.numel():  # var_mean warns about empty tensors
+        variance, mean = torch.var_mean(z, dim=-1, keepdim=True)  # unbiased
+        z = (z - mean) / (variance + 1e-6).sqrt()
+    if weight is not None:
+        z = z * weight.to(z.dtype)
+    if bias is not None:
+        z = z + bias.to(z.dtype)
+    return z
+
+
+def feature_loss(
+    pred: Tensor,
+    target: Tensor,
+    ids: Tensor | None,
+    normalize: bool,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    kind: str,
+    beta: float,
+) -> tuple[Tensor, Tensor]:
+    z = feature_target(target, ids, normalize, weight, bias)
+    x = pred.to(torch.promote_types(z.dtype, pred.dtype))
+    z = z.to(x.dtype)
+    if kind == "smooth_l1":
+        count = max(pred.numel(), 1)
+        d = x - z
+        loss = torch.where(d.abs() < beta, d.square() * (0.5 / beta), d.abs() - 0.5 * beta)
+        grad = (d / beta).clamp(-1.0, 1.0)
+        return loss.sum() / count, (grad / count).to(pred.dtype)
+    dim = -1 if kind == "cosine" else 1
+    count = max(pred.numel() // max(pred.shape[dim], 1), 1)
+    # as torch's cosine_similarity: each norm at least 1e-8
+    x_norm = x.square().sum(dim, keepdim=True).sqrt()
+    z_norm = z.square().sum(dim, keepdim=True).sqrt().clamp(min=1e-8)
+    inverse = 1 / x_norm.clamp(min=1e-8)
+    similarity = (x * z).sum(dim, keepdim=True) * inverse / z_norm
+    turning = torch.where(x_norm > 1e-8, similarity * inverse, 0.0) * x * inverse
+    grad = (turning - z * inverse / z_norm) / count
+    loss = float(pred.numel() > 0) - similarity.sum() / count
+    return loss, grad.to(pred.dtype)
 
 
 def ema_update_(teachers: list[Tensor], students: list[Tensor], momentum: Tensor) -> None:
