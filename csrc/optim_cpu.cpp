@@ -97,7 +97,7 @@ void run(const std::vector<Chunk>& chunks, const Kernel& kernel) {
                               });
 }
 
-float* data(const Tensor& x) { return static_cast<float*>(x.mutable_data_ptr()); }
+static float* data(const Tensor& x) { return static_cast<float*>(x.mutable_data_ptr()); }
 
 template <typename T>
 T value(const Tensor& x) {
@@ -152,7 +152,7 @@ void adamw_ema_cpu(Tensors params, Tensors grads, Tensors exp_avgs, Tensors exp_
 }  // namespace
 
 // Internal: the public schemas torch.ops.fastmim.* are declared in fastmim/ops, which calls these.
-STABLE_TORCH_LIBRARY(fastmim_native, m) {
+STABLE_TORCH_LIBRARY_FRAGMENT(fastmim_native, m) {
   m.def("ema_update_(Tensor(a!)[] teachers, Tensor[] students, Tensor momentum) -> ()");
   m.def(
       "adamw_ema_(Tensor(a!)[] params, Tensor[] grads, Tensor(b!)[] exp_avgs, "

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from fastmim.nn.encoder import LAYER_NORM, Encoder
-from fastmim.nn.layers import Block
+from fastmim.nn.layers import Block, Linear, Residual, add_norm
 from fastmim.nn.pos_embed import sincos_pos_embed
 from fastmim.ops import (
     Masks,
@@ -79,7 +79,7 @@ class MaskedAutoencoder(Encoder):
         self.decoder_pos_embed = nn.Parameter(
             sincos_pos_embed(decoder_embed_dim, self.grid_size), requires_grad=False
         )
-        self.decoder_embed = nn.Linear(self.norm.weight.shape[0], decoder_embed_dim)
+        self.decoder_embed = Linear(self.norm.weight.shape[0], decoder_embed_dim)
         self.decoder_blocks = nn.ModuleList(
             Block(decoder_embed_dim, decoder_num_heads, mlp_ratio, norm_layer)
             for _ in range(decoder_depth)
@@ -91,7 +91,7 @@ class MaskedAutoencoder(Encoder):
                 "MaskedAutoencoder: norm_pix_loss needs patches of at least two values; "
                 f"got {self.patch_size} x {self.patch_size} x {self.patch_embed.in_chans}"
             )
-        self.decoder_pred = nn.Linear(decoder_embed_dim, values)
+        self.decoder_pred = Linear(decoder_embed_dim, values)
         self.initialize_weights()
 
     def random_masks(self, batch_size: int, mask_ratio: float, device: torch.device) -> Masks:
@@ -118,13 +118,14 @@ class MaskedAutoencoder(Encoder):
             (B, N, p * p * C) in the order of the image. Channel fastest within a patch.
         """
         x = self.decoder_embed(latent)
-        x = restore_tokens(x, self.mask_token, masks, self.decoder_pos_embed)
+        stream = Residual(restore_tokens(x, self.mask_token, masks, self.decoder_pos_embed))
         *blocks, last = self.decoder_blocks
         for block in blocks:
-            x = block(x)
+            stream = block(stream)
         # Only masked tokens are predicted, so only these need the last block's MLP.
-        x = last(x)[:, 1:] if full else last(x, masks.ids_masked + 1)
-        return self.decoder_pred(self.decoder_norm(x))
+        stream = last(stream, None if full else masks.ids_masked + 1)
+        tokens = add_norm(self.decoder_norm, stream)[0]
+        return self.decoder_pred(tokens[:, 1:] if full else tokens)
 
     def predict(self, imgs: Tensor, masks: Masks, *, full: bool = False) -> Tensor:
         """Encode the visible patches and decode: see :meth:`forward_decoder` for the result.

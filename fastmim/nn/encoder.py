@@ -7,7 +7,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
-from fastmim.nn.layers import Block
+from fastmim.nn.layers import Block, Residual, add_norm
 from fastmim.nn.patch_embed import PatchEmbed
 from fastmim.nn.pos_embed import sincos_pos_embed
 from fastmim.ops import Masks
@@ -107,10 +107,10 @@ class Encoder(nn.Module):
         """
         tokens = self.patch_embed(imgs, ids) + self.pos_embed[0, 1:][ids]
         cls_token = (self.cls_token + self.pos_embed[:, :1]).expand(imgs.shape[0], -1, -1)
-        x = torch.cat([cls_token, tokens], dim=1)
+        stream = Residual(torch.cat([cls_token, tokens], dim=1))
         for block in self.blocks:
-            x = block(x)
-        return self.norm(x)
+            stream = block(stream)
+        return add_norm(self.norm, stream)[0]
 
     def forward_encoder(self, imgs: Tensor, masks: Masks) -> Tensor:
         """Latent of the visible patches (MAE, arXiv:2111.06377, sec. 3).

@@ -1,10 +1,9 @@
 """Patch embedding of the visible patches only."""
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
-from fastmim.ops import gather_patches
+from fastmim.ops import gather_patches, linear
 
 IMAGENET_MEAN = (0.485, 0.456, 0.406)
 IMAGENET_STD = (0.229, 0.224, 0.225)
@@ -113,4 +112,4 @@ class PatchEmbed(nn.Module):
         rows = gather_patches(
             imgs, ids, self.patch_size[0], dtype=weight.dtype, **self.pixel_normalization(imgs)
         )
-        return F.linear(rows, weight.flatten(1), self.proj.bias)
+        return linear(rows, weight.flatten(1), self.proj.bias)

@@ -4,6 +4,7 @@ from fastmim.ops._registry import OPS, use_backend
 from fastmim.ops.attention import attention
 from fastmim.ops.feature_loss import feature_loss
 from fastmim.ops.gather import gather_tokens, scatter_tokens
+from fastmim.ops.linear import linear
 from fastmim.ops.masking import Masks, masks_from_noise, masks_from_shuffle, num_keep, sample_masks
 from fastmim.ops.mlp import bias_gelu, bias_gelu_linear
 from fastmim.ops.norm import Normalized, norm, norm_linear
@@ -25,6 +26,7 @@ __all__ = [
     "feature_loss",
     "gather_patches",
     "gather_tokens",
+    "linear",
     "masks_from_noise",
     "masks_from_shuffle",
     "norm",

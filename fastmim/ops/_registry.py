@@ -24,6 +24,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+from torch import Tensor
 
 PREFERENCE = ("cuda", "triton", "cpp", "reference")
 OPS: dict[str, Op] = {}
@@ -245,12 +246,17 @@ class Op:
             return implementation(*args)
 
 
+def on_cpu(x: Tensor) -> bool:
+    """For the functions that leave other devices to PyTorch, where an operator would only cost."""
+    return x.device.type == "cpu"
+
+
 def _device(args: tuple) -> torch.device:
     """Device of the first tensor; an empty list has none, so the next argument is looked at."""
     for arg in args:
-        if isinstance(arg, torch.Tensor):
+        if isinstance(arg, Tensor):
             return arg.device
-        if isinstance(arg, (list, tuple)) and arg and isinstance(arg[0], torch.Tensor):
+        if isinstance(arg, (list, tuple)) and arg and isinstance(arg[0], Tensor):
             return arg[0].device
     return torch.device("cpu")
 

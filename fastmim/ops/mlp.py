@@ -1,10 +1,12 @@
 """Bias and exact GELU of a transformer's MLP, alone or followed by a linear layer."""
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from fastmim.ops import reference
-from fastmim.ops._registry import Op
+from fastmim.ops._registry import Implementation, Native, Op
+from fastmim.ops.norm import native_rows
 
 
 def bias_gelu(x: Tensor, bias: Tensor) -> Tensor:
@@ -83,6 +85,18 @@ def _fake_bias_gelu_linear(x, bias, weight, out_bias):
     return x.new_empty(*x.shape[:-1], weight.shape[0])
 
 
+def _bias_gelu_then_linear(x, bias, weight, out_bias):
+    return F.linear(_bias_gelu(x, bias), weight, out_bias)
+
+
+def _native_accepts(x, *rest) -> str | None:
+    return native_rows(x)
+
+
+def _native_backward_accepts(grad, x, bias) -> str | None:
+    return native_rows(grad, x)
+
+
 def _save_for_bias_gelu_linear(ctx, inputs, output):
     x, bias, weight, out_bias = inputs
     ctx.save_for_backward(x, bias, weight)
@@ -130,7 +144,10 @@ SHAPES = {
 _bias_gelu = Op(
     "bias_gelu(Tensor x, Tensor bias) -> Tensor",
     fake=_fake_bias_gelu,
-    implementations={"reference": reference.bias_gelu},
+    implementations={
+        "reference": reference.bias_gelu,
+        "cpp": Implementation(Native("bias_gelu"), accepts=_native_accepts),
+    },
     shapes=SHAPES,
     make=_make_bias_gelu,
     setup_context=_save_for_bias_gelu,
@@ -139,14 +156,20 @@ _bias_gelu = Op(
 _backward = Op(
     "bias_gelu_backward(Tensor grad, Tensor x, Tensor bias) -> (Tensor, Tensor)",
     fake=_fake_bias_gelu_backward,
-    implementations={"reference": reference.bias_gelu_backward},
+    implementations={
+        "reference": reference.bias_gelu_backward,
+        "cpp": Implementation(Native("bias_gelu_backward"), accepts=_native_backward_accepts),
+    },
     shapes=SHAPES,
     make=_make_backward,
 )
 _bias_gelu_linear = Op(
     "bias_gelu_linear(Tensor x, Tensor bias, Tensor weight, Tensor? out_bias) -> Tensor",
     fake=_fake_bias_gelu_linear,
-    implementations={"reference": reference.bias_gelu_linear},
+    implementations={
+        "reference": reference.bias_gelu_linear,
+        "cpp": Implementation(_bias_gelu_then_linear, accepts=_native_accepts),
+    },
     shapes=SHAPES,
     make=_make_bias_gelu_linear,
     setup_context=_save_for_bias_gelu_linear,

@@ -7,7 +7,10 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from fastmim.ops import reference
-from fastmim.ops._registry import Op
+from fastmim.ops._registry import Implementation, Native, Op
+
+# What the C++ kernels compute with; float64 is left to the reference.
+NATIVE_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 
 class Normalized(NamedTuple):
@@ -127,6 +130,26 @@ def _check(function: str, x: Tensor, weight: Tensor, bias: Tensor, branch: Tenso
             f"{None if branch is None else tuple(branch.shape)}, {tuple(weight.shape)} and "
             f"{tuple(bias.shape)}"
         )
+
+
+def native_rows(*tensors: Tensor | None) -> str | None:
+    """Why the C++ kernels over rows cannot take these tensors; None if they can."""
+    for tensor in tensors:
+        if tensor is not None and tensor.dtype not in NATIVE_DTYPES:
+            return f"it takes float32, bfloat16 and float16, not {tensor.dtype}"
+    return None
+
+
+def _native_norm_accepts(x, branch, weight, bias, eps, dtype) -> str | None:
+    return native_rows(x, branch)
+
+
+def _native_norm_backward_accepts(grad, grad_total, total, *rest) -> str | None:
+    return native_rows(grad, grad_total, total)
+
+
+def _native_norm_linear_accepts(x, branch, *rest) -> str | None:
+    return native_rows(x, branch)
 
 
 def _statistics(x: Tensor) -> list[Tensor]:
@@ -260,7 +283,10 @@ _norm = Op(
     "norm(Tensor x, Tensor? branch, Tensor weight, Tensor bias, float eps, ScalarType dtype) "
     "-> (Tensor, Tensor, Tensor, Tensor)",
     fake=_fake_norm,
-    implementations={"reference": reference.norm},
+    implementations={
+        "reference": reference.norm,
+        "cpp": Implementation(Native("norm"), accepts=_native_norm_accepts),
+    },
     shapes=SHAPES,
     make=_make_norm,
     setup_context=_save_for_norm,
@@ -270,7 +296,10 @@ _backward = Op(
     "norm_backward(Tensor grad, Tensor? grad_total, Tensor total, Tensor mean, Tensor rstd, "
     "Tensor weight) -> (Tensor, Tensor, Tensor)",
     fake=_fake_norm_backward,
-    implementations={"reference": reference.norm_backward},
+    implementations={
+        "reference": reference.norm_backward,
+        "cpp": Implementation(Native("norm_backward"), accepts=_native_norm_backward_accepts),
+    },
     shapes=SHAPES,
     make=_make_backward,
 )
@@ -278,7 +307,10 @@ _norm_linear = Op(
     "norm_linear(Tensor x, Tensor? branch, Tensor norm_weight, Tensor norm_bias, float eps, "
     "Tensor weight, Tensor? bias) -> (Tensor, Tensor, Tensor, Tensor)",
     fake=_fake_norm_linear,
-    implementations={"reference": reference.norm_linear},
+    implementations={
+        "reference": reference.norm_linear,
+        "cpp": Implementation(_norm_then_linear, accepts=_native_norm_linear_accepts),
+    },
     shapes=SHAPES,
     make=_make_norm_linear,
     setup_context=_save_for_norm_linear,

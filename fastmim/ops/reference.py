@@ -68,6 +68,10 @@ def scatter_tokens(x: Tensor, ids: Tensor, num_tokens: int) -> Tensor:
     return out.scatter_(1, ids.unsqueeze(-1).expand_as(x), x)
 
 
+def linear_weight_grad(grad: Tensor, x: Tensor) -> Tensor:
+    return grad.flatten(0, -2).t() @ x.flatten(0, -2)
+
+
 def _blocks(imgs: Tensor, patch_size: int) -> Tensor:
     """(B, C, H, W) -> (B, h, w, C, p, p), a view."""
     b, c, height, width = imgs.shape
