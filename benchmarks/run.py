@@ -10,11 +10,13 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import ema
+import ops
 import steps
 import torch
 
 from fastmim.info import report
 from fastmim.methods import METHODS
+from fastmim.ops import OPS
 from fastmim.train.engine import resolve_device
 
 # fmt: off
@@ -29,6 +31,12 @@ _COLUMNS = {
         ("vs fp32", "vs_fp32", ".2f"), ("saved MB/img", "saved_mb_per_image", ".2f"),
         ("peak GiB", "peak_memory_gib", ".2f"), *_CHECKS,
     ],
+    "ops": [
+        ("shape", "shape", ""), ("operator", "kernel_name", ""), ("program", "kernel_provider", ""),
+        ("dtype", "dtype", ""), *_TIMES, ("GB/s", "gb_per_second", ".1f"),
+        ("% of copy", "percent_of_copy", ".0f"), ("vs torch", "vs_peer", ".2f"),
+        ("vs compiled", "vs_compiled", ".2f"), *_CHECKS,
+    ],
     "ema": [
         ("shape", "shape", ""), ("operator", "kernel_name", ""), ("program", "kernel_provider", ""),
         ("values", "x_value", ",d"), *_TIMES, ("GB/s", "gb_per_second", ".1f"),
@@ -36,7 +44,7 @@ _COLUMNS = {
     ],
 }
 # fmt: on
-_SUITES = {"step": steps, "ema": ema}
+_SUITES = {"step": steps, "ops": ops, "ema": ema}
 _NOTES = (
     "vs: times as fast, median over rounds. kept: calls in blocks in which other processes took "
     "at most 0.1 core,\nof all; with 'all', none was quiet and every call counts."
@@ -78,7 +86,7 @@ def main() -> int:
 
 
 def _parse() -> argparse.Namespace:
-    known_shapes = list(dict.fromkeys([*steps.SHAPES, *ema.SHAPES]))
+    known_shapes = list(dict.fromkeys([*steps.SHAPES, *ops.SHAPES, *ema.SHAPES]))
     parser = argparse.ArgumentParser(prog="benchmarks/run.py", description=__doc__)
 
     def several(name: str, known: list[str], default: list[str] | None, text: str) -> None:
@@ -95,11 +103,15 @@ def _parse() -> argparse.Namespace:
 
     several("--suite", list(_SUITES), list(_SUITES), "suites; default: all")
     several("--shape", known_shapes, None, "shapes; default: all of each suite, see --list")
+    several("--op", list(OPS), None, "operators of suite ops; default: all")
     several("--method", list(METHODS), ["rc_mae", "mae"], "methods of the step")
     several("--dtype", ["fp32", "bf16"], ["fp32", "bf16"], "precisions of the step")
     parser.add_argument("--images", choices=["uint8", "float"], default="uint8", help="of the step")
     parser.add_argument("--rounds", type=int, help="blocks of each program; default: 10")
     parser.add_argument("--device", default="auto", help="auto, cpu or cuda")
+    parser.add_argument(
+        "--compile", action="store_true", help="also time PyTorch's side under torch.compile"
+    )
     parser.add_argument("--no-memory", action="store_true", help="skip memory, and save its time")
     parser.add_argument("--smoke", action="store_true", help="all code, no meaningful figures")
     parser.add_argument("--json", type=Path, metavar="FILE", help="append the rows as JSONL")
@@ -135,6 +147,10 @@ def _rows(options: argparse.Namespace, device: torch.device) -> Iterator[dict]:
                 memory=not options.no_memory,
                 **common,
             )
+        elif suite == "ops":
+            yield from ops.run(
+                shapes=shapes, operators=options.op, compiled=options.compile, **common
+            )
         else:
             yield from ema.run(shapes=shapes, **common)
 
@@ -143,6 +159,9 @@ def _print_list() -> None:
     print(f"suite step   methods {','.join(METHODS)}   programs {','.join(steps.PROGRAMS)}")
     for name, (model, batch) in steps.SHAPES.items():
         print(f"  {name:10} {model}, batch {batch}")
+    print("suite ops    operators of fastmim.ops   programs torch, compiled and every backend")
+    for name, sizes in ops.SHAPES.items():
+        print(f"  {name:10} batch {sizes.batch}, {sizes.img_size} px, width {sizes.embed_dim}")
     print("suite ema    operators adamw_ema_,ema_update_   programs torch and every backend")
     for name, model in ema.SHAPES.items():
         print(f"  {name:10} trained parameters of {model}")
