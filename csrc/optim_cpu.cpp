@@ -5,7 +5,6 @@
 // (see adamw.h).
 #include "adamw.h"
 #include "checks.h"
-#include "simd.h"
 
 namespace {
 
@@ -51,36 +50,6 @@ FASTMIM_INLINE void ema_loop(const EmaChunk& chunk, float one_minus_momentum) {
   for (int64_t i = 0; i < chunk.size; ++i) ema(teacher[i], student[i], one_minus_momentum);
 }
 
-struct Variant {
-  void (*adamw)(const AdamWChunk&, const AdamWScalars&);
-  void (*adamw_ema)(const AdamWChunk&, const AdamWScalars&);
-  void (*ema)(const EmaChunk&, float);
-};
-
-#define FASTMIM_VARIANT(name, attributes)                                                      \
-  attributes void name##_adamw(const AdamWChunk& chunk, const AdamWScalars& c) {               \
-    adamw_loop<false>(chunk, c);                                                               \
-  }                                                                                            \
-  attributes void name##_adamw_ema(const AdamWChunk& chunk, const AdamWScalars& c) {           \
-    adamw_loop<true>(chunk, c);                                                                \
-  }                                                                                            \
-  attributes void name##_ema(const EmaChunk& chunk, float weight) { ema_loop(chunk, weight); } \
-  constexpr Variant name{name##_adamw, name##_adamw_ema, name##_ema};
-
-FASTMIM_VARIANT(baseline, )
-#if defined(__x86_64__)
-FASTMIM_VARIANT(avx2, __attribute__((target("avx2"))))
-FASTMIM_VARIANT(avx512, __attribute__((target("avx512f,prefer-vector-width=512"))))
-constexpr Variant VARIANTS[] = {baseline, avx2, avx512};
-#else
-constexpr Variant VARIANTS[] = {baseline};
-#endif
-
-const Variant& variant() {
-  static const Variant& chosen = VARIANTS[simd_variant()];
-  return chosen;
-}
-
 // Calls add(offset, size) for the chunks of a tensor.
 template <typename Add>
 void for_each_chunk(int64_t numel, const Add& add) {
@@ -115,7 +84,8 @@ void ema_update_cpu(Tensors teachers, Tensors students, Tensor momentum) {
     });
   }
   const auto one_minus_momentum = static_cast<float>(1.0 - value<double>(momentum));
-  run(chunks, [&](const EmaChunk& chunk) { variant().ema(chunk, one_minus_momentum); });
+  const auto kernel = simd<ema_loop>();
+  run(chunks, [&](const EmaChunk& chunk) { kernel(chunk, one_minus_momentum); });
 }
 
 void adamw_ema_cpu(Tensors params, Tensors grads, Tensors exp_avgs, Tensors exp_avg_sqs,
@@ -145,7 +115,7 @@ void adamw_ema_cpu(Tensors params, Tensors grads, Tensors exp_avgs, Tensors exp_
   const int64_t now = ++*static_cast<int64_t*>(step.mutable_data_ptr());
   const AdamWScalars scalars = adamw_scalars(value<double>(lr), value<double>(momentum),
                                              value<double>(grad_scale), beta1, beta2, eps, now);
-  const auto kernel = teachers.empty() ? variant().adamw : variant().adamw_ema;
+  const auto kernel = teachers.empty() ? simd<adamw_loop<false>>() : simd<adamw_loop<true>>();
   run(chunks, [&](const AdamWChunk& chunk) { kernel(chunk, scalars); });
 }
 
