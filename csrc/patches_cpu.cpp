@@ -153,11 +153,12 @@ Tensor gather_patches_cpu(Tensor imgs, Tensor ids, int64_t patch_size, std::opti
 }
 
 FASTMIM_INLINE double total(const double (&lanes)[LANES]) {
-  double halves[LANES / 2];
-  for (int lane = 0; lane < LANES / 2; ++lane) halves[lane] = lanes[lane] + lanes[lane + LANES / 2];
-  double sum = 0;
-  for (const double half : halves) sum += half;
-  return sum;
+  double sums[LANES];
+  std::copy(lanes, lanes + LANES, sums);
+#pragma GCC unroll 4
+  for (int half = LANES / 2; half > 0; half /= 2)
+    for (int lane = 0; lane < half; ++lane) sums[lane] += sums[lane + half];
+  return sums[0];
 }
 
 template <typename T>
@@ -212,9 +213,10 @@ FASTMIM_INLINE void make_target(const T* pixels, int64_t channels, int64_t area,
     transpose<0>(pixels, channels, area, mean, factor, target);
 }
 
+// Sums of squares over some rows.
 struct Terms {
-  double pixel = 0;
-  double consistency = 0;
+  double pixel[LANES] = {};
+  double consistency[LANES] = {};
 };
 
 struct Weights {
@@ -227,7 +229,9 @@ template <bool TEACHER, typename W>
 FASTMIM_INLINE void add_row(const W* __restrict__ pred, const W* __restrict__ teacher,
                             const double* __restrict__ target, int64_t size, const Weights& weights,
                             W* __restrict__ grad, Terms& terms) {
-  double pixel[LANES] = {}, consistency[LANES] = {};
+  double pixel[LANES], consistency[LANES];
+  std::copy(terms.pixel, terms.pixel + LANES, pixel);
+  std::copy(terms.consistency, terms.consistency + LANES, consistency);
   const Weights w = weights;
   const auto add = [&](int lane, int64_t i) __attribute__((always_inline)) {
     const double value = static_cast<double>(pred[i]);
@@ -244,8 +248,8 @@ FASTMIM_INLINE void add_row(const W* __restrict__ pred, const W* __restrict__ te
   for (; i + LANES <= size; i += LANES)
     for (int lane = 0; lane < LANES; ++lane) add(lane, i + lane);
   for (; i < size; ++i) add(static_cast<int>(i % LANES), i);
-  terms.pixel += total(pixel);
-  if constexpr (TEACHER) terms.consistency += total(consistency);
+  std::copy(pixel, pixel + LANES, terms.pixel);
+  std::copy(consistency, consistency + LANES, terms.consistency);
 }
 
 template <bool TEACHER, typename S, typename P>
@@ -284,10 +288,11 @@ Terms add_rows(const Patches<S>& patches, bool norm_pix, const P* pred, const P*
     }
   });
   Terms sum;
-  for (const Terms& terms : partial) {
-    sum.pixel += terms.pixel;
-    sum.consistency += terms.consistency;
-  }
+  for (const Terms& terms : partial)
+    for (int lane = 0; lane < LANES; ++lane) {
+      sum.pixel[lane] += terms.pixel[lane];
+      sum.consistency[lane] += terms.consistency[lane];
+    }
   return sum;
 }
 
@@ -326,7 +331,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> patch_loss_cpu(
   const bool precise =
       pred.scalar_type() == ScalarType::Double || imgs.scalar_type() == ScalarType::Double;
   const ScalarType dtype = precise ? ScalarType::Double : ScalarType::Float;
-  const double pixel = sum.pixel / count, consistency = sum.consistency / count;
+  const double pixel = total(sum.pixel) / count, consistency = total(sum.consistency) / count;
   return {scalar(pred, pixel + gamma * consistency, dtype), scalar(pred, pixel, dtype),
           scalar(pred, consistency, dtype), grad};
 }
