@@ -59,23 +59,12 @@ Tensor scatter_tokens_cpu(Tensor x, Tensor ids, int64_t num_tokens) {
   const Ids positions("scatter_tokens", "ids", ids, num_tokens);
   const Tokens tokens(x);
   const int64_t images = x.size(0), kept = ids.size(1), bytes = tokens.bytes();
-  const Tensor out = torch::stable::new_empty(x, {images, num_tokens, x.size(2)});
+  const Tensor out = torch::stable::new_zeros(x, {images, num_tokens, x.size(2)});
   char* const rows = mutable_data<char>(out);
-
-  constexpr int64_t NONE = -1;
-  std::vector<int64_t> sources(static_cast<size_t>(images * num_tokens), NONE);
-  for (int64_t b = 0; b < images; ++b)
-    for (int64_t k = 0; k < kept; ++k)
-      sources[static_cast<size_t>(b * num_tokens + positions.at(b, k))] = k;
-
-  in_parallel(images * num_tokens, tokens.width(), [&](int64_t begin, int64_t end) {
-    for (int64_t i = begin; i < end; ++i) {
-      const int64_t source = sources[static_cast<size_t>(i)];
-      if (source == NONE)
-        std::memset(rows + i * bytes, 0, static_cast<size_t>(bytes));
-      else
-        copy(rows + i * bytes, tokens.at(i / num_tokens, source), bytes);
-    }
+  in_parallel(images, kept * tokens.width(), [&](int64_t begin, int64_t end) {
+    for (int64_t b = begin; b < end; ++b)
+      for (int64_t k = 0; k < kept; ++k)
+        copy(rows + (b * num_tokens + positions.at(b, k)) * bytes, tokens.at(b, k), bytes);
   });
   return out;
 }
