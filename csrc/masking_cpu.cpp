@@ -4,6 +4,8 @@
 #include "cpu.h"
 
 #include <bit>
+#include <tuple>
+#include <utility>
 
 namespace {
 
@@ -103,7 +105,9 @@ std::tuple<Tensor, Tensor> sample_masks_cpu(Tensor sample_ids, int64_t seed, int
 }  // namespace
 
 STABLE_TORCH_LIBRARY_FRAGMENT(fastmim_native, m) {
-  m.def("sample_masks(Tensor sample_ids, int seed, int epoch, int num_patches) -> (Tensor, Tensor)");
+  m.def(
+      "sample_masks(Tensor sample_ids, int seed, int epoch, int num_patches) "
+      "-> (Tensor, Tensor)");
 }
 
 STABLE_TORCH_LIBRARY_IMPL(fastmim_native, CPU, m) {

@@ -5,6 +5,7 @@
 #include "cpu.h"
 
 #include <cmath>
+#include <tuple>
 
 namespace {
 

@@ -5,6 +5,7 @@
 #include "cpu.h"
 
 #include <cstring>
+#include <tuple>
 
 namespace {
 
