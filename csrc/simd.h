@@ -4,6 +4,12 @@
 #include <cstdlib>
 #include <cstring>
 
+#ifdef __CUDACC__
+#define FASTMIM_INLINE __host__ __device__ __forceinline__
+#else
+#define FASTMIM_INLINE inline __attribute__((always_inline))
+#endif
+
 namespace fastmim {
 
 #if defined(__x86_64__)
@@ -25,6 +31,34 @@ inline int simd_variant() {
 #else
   return 0;
 #endif
+}
+
+// `loop`, a FASTMIM_INLINE function, compiled once for each instruction set. Nothing in it may fuse
+// a product and a sum or reorder a sum: then all give the same bits.
+template <auto loop>
+struct Compiled;
+
+template <typename... Args, void (*loop)(Args...)>
+struct Compiled<loop> {
+  using Function = void (*)(Args...);
+
+  static void baseline(Args... args) { loop(args...); }
+#if defined(__x86_64__)
+  __attribute__((target("avx2"))) static void avx2(Args... args) { loop(args...); }
+  __attribute__((target("avx512f,prefer-vector-width=512"))) static void avx512(Args... args) {
+    loop(args...);
+  }
+  static constexpr Function VARIANTS[] = {baseline, avx2, avx512};
+#else
+  static constexpr Function VARIANTS[] = {baseline};
+#endif
+};
+
+// The variant of `loop` for this machine.
+template <auto loop>
+typename Compiled<loop>::Function simd() {
+  static const int variant = simd_variant();
+  return Compiled<loop>::VARIANTS[variant];
 }
 
 }  // namespace fastmim
