@@ -5,14 +5,10 @@
 // nothing.
 #pragma once
 
+#include "simd.h"
+
 #include <cmath>
 #include <cstdint>
-
-#ifdef __CUDACC__
-#define FASTMIM_INLINE __host__ __device__ __forceinline__
-#else
-#define FASTMIM_INLINE inline __attribute__((always_inline))
-#endif
 
 namespace fastmim {
 

@@ -248,7 +248,7 @@ auto for_element(ScalarType dtype, const F& f) {
 std::tuple<Tensor, Tensor> attention_cpu(Tensor qkv, double scale) {
   const Checks checks{"attention", "cpu"};
   const Shape shape = check(checks, qkv);
-  qkv = contiguous(qkv);
+  qkv = packed(qkv);
   Tensor out = torch::stable::new_empty(qkv, {shape.images, shape.tokens, shape.heads, shape.width});
   Tensor lse = torch::stable::new_empty(qkv, {shape.images, shape.heads, shape.tokens},
                                         ScalarType::Float);
@@ -273,7 +273,7 @@ Tensor attention_backward_cpu(Tensor grad, Tensor qkv, Tensor out, Tensor lse, d
   checks.dtype("grad", grad.scalar_type(), grad.scalar_type() == qkv.scalar_type());
   checks.dtype("out", out.scalar_type(), out.scalar_type() == qkv.scalar_type());
   checks.dtype("lse", lse.scalar_type(), lse.scalar_type() == ScalarType::Float);
-  grad = contiguous(grad), qkv = contiguous(qkv), out = contiguous(out), lse = contiguous(lse);
+  grad = packed(grad), qkv = packed(qkv), out = packed(out), lse = packed(lse);
   Tensor grad_qkv = torch::stable::empty_like(qkv);
   for_element(qkv.scalar_type(), [&](auto type) {
     using T = typename decltype(type)::type;

@@ -9,6 +9,7 @@
 
 #include <algorithm>
 #include <cstdint>
+#include <type_traits>
 #include <vector>
 
 namespace fastmim {
@@ -58,13 +59,13 @@ inline Tensor of_dtype(const Tensor& x, ScalarType dtype) {
   return packed(x.scalar_type() == dtype ? x : torch::stable::to(x, dtype));
 }
 
-// f(begin, end) on ranges of 0..count, one after the other within a thread; `cost`: elements that
-// one of them touches. Few are not worth a thread.
+// f(begin, end) on ranges of 0..count, each on one thread. `cost`: elements that one of them
+// touches; a few are not worth a thread, and none are no work.
 template <typename F>
 void in_parallel(int64_t count, int64_t cost, const F& f) {
   constexpr int64_t THREAD = 1 << 15;
-  const int64_t grain = THREAD / std::max<int64_t>(cost, 1);
-  if (count > 0) torch::stable::parallel_for(0, count, std::max<int64_t>(grain, 1), f);
+  if (count > 0 && cost > 0)
+    torch::stable::parallel_for(0, count, std::max<int64_t>(THREAD / cost, 1), f);
 }
 
 // (B, K) positions, read once and found to lie in [0, limit): the kernels need not look again.

@@ -86,7 +86,7 @@ int64_t rows_of(const Tensor& x) { return x.size(-1) == 0 ? 0 : x.numel() / x.si
 
 Tensor bias_gelu_cpu(Tensor x, Tensor bias) {
   check_input({"bias_gelu", "cpu"}, x, bias);
-  x = contiguous(x), bias = of_dtype(bias, ScalarType::Float);
+  x = packed(x), bias = of_dtype(bias, ScalarType::Float);
   Tensor out = torch::stable::empty_like(x);
   const Arguments args{source(x), data<float>(bias), target(out), {}};
   in_parallel(rows_of(x), 4 * x.size(-1),
@@ -101,7 +101,7 @@ std::tuple<Tensor, Tensor> bias_gelu_backward_cpu(Tensor grad, Tensor x, Tensor 
   if (!same_shape(grad, x))
     refuse(check.op, ": expected grad ", shape_of(x), ", got ", shape_of(grad));
   check.placed("grad", -1, grad);
-  grad = contiguous(grad), x = contiguous(x);
+  grad = packed(grad), x = packed(x);
   const Tensor wide_bias = of_dtype(bias, ScalarType::Float);
   Tensor grad_x = torch::stable::empty_like(x);
   const Arguments args{source(x), data<float>(wide_bias), target(grad_x), source(grad)};

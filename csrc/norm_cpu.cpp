@@ -150,10 +150,10 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> norm_cpu(Tensor x, std::optional<Tens
   check.dtype("the result", dtype, is_row_type(dtype));
   check.shape("weight", weight, {x.size(-1)});
   check.shape("bias", bias, {x.size(-1)});
-  x = contiguous(x);
+  x = packed(x);
   weight = of_dtype(weight, ScalarType::Float), bias = of_dtype(bias, ScalarType::Float);
   Source branch_rows{};
-  if (branch) branch_rows = source(*(branch = contiguous(*branch)));
+  if (branch) branch_rows = source(*(branch = packed(*branch)));
   Tensor out = torch::stable::new_empty(x, x.sizes(), dtype);
   Tensor total = branch ? torch::stable::empty_like(x) : torch::stable::new_empty(x, {0});
   Tensor mean = torch::stable::new_empty(x, leading(x), ScalarType::Float);
@@ -188,11 +188,11 @@ std::tuple<Tensor, Tensor, Tensor> norm_backward_cpu(Tensor grad, std::optional<
     if (x->numel() != rows_of(total))
       refuse("norm_backward: expected ", name, " of one value a row, got ", shape_of(*x));
   }
-  grad = contiguous(grad), total = contiguous(total);
-  mean = contiguous(mean), rstd = contiguous(rstd);
+  grad = packed(grad), total = packed(total);
+  mean = packed(mean), rstd = packed(rstd);
   const Tensor scale = of_dtype(weight, ScalarType::Float);
   Source direct{};
-  if (grad_total) direct = source(*(grad_total = contiguous(*grad_total)));
+  if (grad_total) direct = source(*(grad_total = packed(*grad_total)));
   Tensor grad_x = torch::stable::empty_like(total);
   const Backward args{source(grad),       grad_total ? &direct : nullptr, source(total),
                       data<float>(mean),  data<float>(rstd),              data<float>(scale),

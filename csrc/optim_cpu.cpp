@@ -4,8 +4,7 @@
 // the number of threads or on the instruction set: every element is one chain of IEEE operations
 // (see adamw.h).
 #include "adamw.h"
-#include "checks.h"
-#include "simd.h"
+#include "cpu.h"
 
 namespace {
 
@@ -51,36 +50,6 @@ FASTMIM_INLINE void ema_loop(const EmaChunk& chunk, float one_minus_momentum) {
   for (int64_t i = 0; i < chunk.size; ++i) ema(teacher[i], student[i], one_minus_momentum);
 }
 
-struct Variant {
-  void (*adamw)(const AdamWChunk&, const AdamWScalars&);
-  void (*adamw_ema)(const AdamWChunk&, const AdamWScalars&);
-  void (*ema)(const EmaChunk&, float);
-};
-
-#define FASTMIM_VARIANT(name, attributes)                                                      \
-  attributes void name##_adamw(const AdamWChunk& chunk, const AdamWScalars& c) {               \
-    adamw_loop<false>(chunk, c);                                                               \
-  }                                                                                            \
-  attributes void name##_adamw_ema(const AdamWChunk& chunk, const AdamWScalars& c) {           \
-    adamw_loop<true>(chunk, c);                                                                \
-  }                                                                                            \
-  attributes void name##_ema(const EmaChunk& chunk, float weight) { ema_loop(chunk, weight); } \
-  constexpr Variant name{name##_adamw, name##_adamw_ema, name##_ema};
-
-FASTMIM_VARIANT(baseline, )
-#if defined(__x86_64__)
-FASTMIM_VARIANT(avx2, __attribute__((target("avx2"))))
-FASTMIM_VARIANT(avx512, __attribute__((target("avx512f,prefer-vector-width=512"))))
-constexpr Variant VARIANTS[] = {baseline, avx2, avx512};
-#else
-constexpr Variant VARIANTS[] = {baseline};
-#endif
-
-const Variant& variant() {
-  static const Variant& chosen = VARIANTS[simd_variant()];
-  return chosen;
-}
-
 // Calls add(offset, size) for the chunks of a tensor.
 template <typename Add>
 void for_each_chunk(int64_t numel, const Add& add) {
@@ -90,32 +59,29 @@ void for_each_chunk(int64_t numel, const Add& add) {
 
 template <typename Chunk, typename Kernel>
 void run(const std::vector<Chunk>& chunks, const Kernel& kernel) {
-  torch::stable::parallel_for(0, static_cast<int64_t>(chunks.size()), 1,
-                              [&](int64_t begin, int64_t end) {
-                                for (int64_t k = begin; k < end; ++k)
-                                  kernel(chunks[static_cast<size_t>(k)]);
-                              });
+  in_parallel(static_cast<int64_t>(chunks.size()), 2 * CHUNK, [&](int64_t begin, int64_t end) {
+    for (int64_t k = begin; k < end; ++k) kernel(chunks[static_cast<size_t>(k)]);
+  });
 }
-
-static float* data(const Tensor& x) { return static_cast<float*>(x.mutable_data_ptr()); }
 
 template <typename T>
 T value(const Tensor& x) {
-  return *static_cast<const T*>(x.const_data_ptr());
+  return *data<T>(x);
 }
 
 void ema_update_cpu(Tensors teachers, Tensors students, Tensor momentum) {
   check_ema_update(teachers, students, momentum, "cpu");
   std::vector<EmaChunk> chunks;
   for (size_t i = 0; i < teachers.size(); ++i) {
-    float* const teacher = data(teachers[i]);
-    const float* const student = static_cast<const float*>(students[i].const_data_ptr());
+    float* const teacher = mutable_data<float>(teachers[i]);
+    const float* const student = data<float>(students[i]);
     for_each_chunk(teachers[i].numel(), [&](int64_t offset, int64_t size) {
       chunks.push_back({teacher + offset, student + offset, size});
     });
   }
   const auto one_minus_momentum = static_cast<float>(1.0 - value<double>(momentum));
-  run(chunks, [&](const EmaChunk& chunk) { variant().ema(chunk, one_minus_momentum); });
+  const auto kernel = simd<ema_loop>();
+  run(chunks, [&](const EmaChunk& chunk) { kernel(chunk, one_minus_momentum); });
 }
 
 void adamw_ema_cpu(Tensors params, Tensors grads, Tensors exp_avgs, Tensors exp_avg_sqs,
@@ -127,13 +93,12 @@ void adamw_ema_cpu(Tensors params, Tensors grads, Tensors exp_avgs, Tensors exp_
 
   std::vector<AdamWChunk> chunks;
   for (size_t i = 0; i < params.size(); ++i) {
-    const float decay = weight_decay_factor(
-        value<double>(lr), static_cast<const double*>(weight_decay.const_data_ptr())[i]);
-    const AdamWChunk all{data(params[i]),
-                         static_cast<const float*>(grads[i].const_data_ptr()),
-                         data(exp_avgs[i]),
-                         data(exp_avg_sqs[i]),
-                         teachers.empty() ? nullptr : data(teachers[i]),
+    const float decay = weight_decay_factor(value<double>(lr), data<double>(weight_decay)[i]);
+    const AdamWChunk all{mutable_data<float>(params[i]),
+                         data<float>(grads[i]),
+                         mutable_data<float>(exp_avgs[i]),
+                         mutable_data<float>(exp_avg_sqs[i]),
+                         teachers.empty() ? nullptr : mutable_data<float>(teachers[i]),
                          params[i].numel(),
                          decay};
     for_each_chunk(all.size, [&](int64_t offset, int64_t size) {
@@ -142,17 +107,17 @@ void adamw_ema_cpu(Tensors params, Tensors grads, Tensors exp_avgs, Tensors exp_
                         decay});
     });
   }
-  const int64_t now = ++*static_cast<int64_t*>(step.mutable_data_ptr());
+  const int64_t now = ++*mutable_data<int64_t>(step);
   const AdamWScalars scalars = adamw_scalars(value<double>(lr), value<double>(momentum),
                                              value<double>(grad_scale), beta1, beta2, eps, now);
-  const auto kernel = teachers.empty() ? variant().adamw : variant().adamw_ema;
+  const auto kernel = teachers.empty() ? simd<adamw_loop<false>>() : simd<adamw_loop<true>>();
   run(chunks, [&](const AdamWChunk& chunk) { kernel(chunk, scalars); });
 }
 
 }  // namespace
 
 // Internal: the public schemas torch.ops.fastmim.* are declared in fastmim/ops, which calls these.
-STABLE_TORCH_LIBRARY_FRAGMENT(fastmim_native, m) {
+STABLE_TORCH_LIBRARY(fastmim_native, m) {
   m.def("ema_update_(Tensor(a!)[] teachers, Tensor[] students, Tensor momentum) -> ()");
   m.def(
       "adamw_ema_(Tensor(a!)[] params, Tensor[] grads, Tensor(b!)[] exp_avgs, "

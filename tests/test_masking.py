@@ -64,7 +64,7 @@ def test_philox_gives_the_published_words(counter, key, output):
     assert [int(word) for word in words] == expected
 
 
-@pytest.mark.parametrize("num_patches", [2, 7, 16, 196, 257])
+@pytest.mark.parametrize("num_patches", [2, 7, 16, 196, 257, 1030])
 @pytest.mark.parametrize(
     ("seed", "epoch"), [(0, 0), (1, 799), (2**40 + 17, 3), (-1, WORD - 1), (2**64 + 5, 1)]
 )

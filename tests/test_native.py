@@ -67,6 +67,7 @@ def state(inputs):
 
 def assert_same_bytes(actual, expected):
     for a, e in zip(actual, expected, strict=True):
+        assert (a.shape, a.dtype) == (e.shape, e.dtype)
         assert torch.equal(a.view(-1).view(torch.uint8), e.view(-1).view(torch.uint8))
 
 
@@ -111,6 +112,65 @@ def test_bits_of_the_step_do_not_depend_on_the_teachers(device):
     assert_same_bytes(state(alone), state(followed))
 
 
+def values(shape, dtype=torch.float32, seed=1):
+    """Sixteenths in [-8, 8); not randn, see adamw_inputs. uint8: pixels."""
+    generator = torch.Generator().manual_seed(seed)
+    drawn = torch.randint(0, 256, shape, generator=generator)
+    return drawn.to(dtype) if dtype == torch.uint8 else (drawn / 16 - 8).to(dtype)
+
+
+def orders(b, n):
+    """(B, N), each row another permutation."""
+    noise = torch.randint(2**40, (b, n), generator=torch.Generator().manual_seed(2))
+    return noise.argsort(dim=1, stable=True)
+
+
+def calls(b, rows, columns, kept, width, side, channels):
+    """(operator, arguments) for every operator without state, in each pair of dtypes that differs.
+
+    ``kept`` of the ``rows`` x ``columns`` tokens or patches of ``b`` images are visible.
+    """
+    n, size = rows * columns, channels * side * side
+    ids = orders(b, n)
+    scale, shift = (torch.arange(1, channels + 1, dtype=torch.float64) / k for k in (7, 3))
+    made = [(ops.sample_masks, (torch.arange(b) * 2**33, -5, 7, n))]
+    for dtype in (torch.float32, torch.bfloat16, torch.float16, torch.float64):
+        made += [
+            (ops.gather_tokens, (values((b, n, width), dtype), ids[:, :kept])),
+            (ops.scatter_tokens, (values((b, kept, width), dtype), ids[:, :kept], n)),
+            (ops.restore_tokens_backward, (values((b, n + 1, width), dtype), ids, kept)),
+        ]
+        wide = dtype if dtype == torch.float64 else torch.float32
+        for pos_dtype in dict.fromkeys((dtype, wide)):
+            x, mask = values((b, kept + 1, width), dtype), values((1, 1, width), torch.float32, 3)
+            pos = values((1, n + 1, width), pos_dtype, 4)
+            made.append((ops.restore_tokens, (x, mask, ids, ids.argsort(1), pos)))
+        imgs = values((b, channels, rows * side, columns * side), dtype)
+        pixels = values(imgs.shape, torch.uint8)
+        pred, teacher = (values((b, n - kept, size), dtype, seed) for seed in (5, 6))
+        made += [
+            (ops.gather_patches, (imgs, ids[:, :kept], side, None, None, dtype)),
+            (ops.gather_patches, (imgs, ids[:, :kept], side, scale, shift, torch.float32)),
+            (ops.gather_patches, (pixels, ids[:, :kept], side, scale, shift, dtype)),
+            (ops.patch_loss, (pred, imgs, ids[:, kept:], side, False, None, 0.5, None, None)),
+            (ops.patch_loss, (pred, pixels, ids[:, kept:], side, True, teacher, 0.5, scale, shift)),
+        ]
+    return made
+
+
+# More than one thread's share of elements, no multiple of a vector, of four rows or of a group.
+ODD = dict(b=5, rows=7, columns=9, kept=16, width=133, side=14, channels=3)
+SMALL = dict(b=2, rows=2, columns=3, kept=1, width=3, side=1, channels=2)
+
+
+def outputs(**sizes):
+    results = []
+    for op, args in calls(**sizes):
+        out = op(*args)
+        results += [out] if isinstance(out, torch.Tensor) else out
+    return results
+
+
 def run_on_threads(threads, unaligned):
     before = torch.get_num_threads()
     torch.set_num_threads(threads)
@@ -118,14 +178,152 @@ def run_on_threads(threads, unaligned):
         inputs = adamw_inputs([(100_003,), (17,), (2**14 + 1,)], unaligned=unaligned)
         adamw_ema_(inputs)
         ops.ema_update_(inputs.teachers, inputs.params, inputs.momentum)
+        return state(inputs) + outputs(**ODD) + outputs(**SMALL)
     finally:
         torch.set_num_threads(before)
-    return state(inputs)
 
 
 @pytest.mark.parametrize("threads", [2, 3, 7])
 def test_bits_do_not_depend_on_the_number_of_threads_or_on_alignment(threads):
     assert_same_bytes(run_on_threads(threads, unaligned=True), run_on_threads(1, unaligned=False))
+
+
+def relaid(argument, layout):
+    """The same values in other memory."""
+    if not isinstance(argument, torch.Tensor) or not argument.ndim:
+        return argument
+    if layout == "gaps":
+        return torch.stack([argument, argument], dim=-1)[..., 0]
+    if layout == "channels_last":
+        return (
+            argument.movedim(1, -1).contiguous().movedim(-1, 1) if argument.ndim > 1 else argument
+        )
+    memory = torch.cat([argument.flatten()[:1], argument.flatten()])
+    return memory[1:].view_as(argument)
+
+
+@pytest.mark.parametrize("layout", ["gaps", "channels_last", "unaligned"])
+def test_bits_do_not_depend_on_the_layout(layout):
+    for op, args in calls(**ODD):
+        expected, got = op(*args), op(*[relaid(a, layout) for a in args])
+        if isinstance(expected, torch.Tensor):
+            expected, got = [expected], [got]
+        assert_same_bytes(got, expected)
+
+
+@pytest.mark.parametrize("size", ["b", "kept", "width", "channels"])
+def test_without_elements_there_is_nothing_to_do(size):
+    for x in outputs(**{**SMALL, size: 0}):
+        assert x.isfinite().all()
+
+
+def test_no_tokens_at_all():
+    none = torch.empty(2, 0, dtype=torch.int64)
+    assert ops.sample_masks(torch.arange(2), 0, 0, 0)[0].shape == (2, 0)
+    assert ops.gather_tokens(torch.empty(2, 0, 3), none).shape == (2, 0, 3)
+    assert ops.scatter_tokens(torch.empty(2, 0, 3), none, 0).shape == (2, 0, 3)
+    cls_token = torch.ones(2, 1, 3)
+    restored = ops.restore_tokens(cls_token, torch.ones(1, 1, 3), none, none, torch.ones(1, 1, 3))
+    assert (restored == 2).all()
+    grad_x, grad_mask = ops.restore_tokens_backward(cls_token, none, 0)
+    assert (grad_x == 1).all()
+    assert (grad_mask == 0).all()
+
+
+@pytest.mark.parametrize("n", [1, 2, 3, 5, 64, 65, 257, 3001])
+def test_masks_are_permutations_and_their_inverses(n):
+    shuffle, restore = ops.sample_masks(torch.arange(3), 1, 2, n)
+    assert torch.equal(shuffle.sort(dim=1).values, torch.arange(n).expand(3, n))
+    assert torch.equal(shuffle.gather(1, restore), torch.arange(n).expand(3, n))
+
+
+@pytest.mark.parametrize("wrong", [-1, 6, 2**62])
+@pytest.mark.parametrize(
+    ("name", "position"),
+    [
+        ("gather_tokens", 1),
+        ("scatter_tokens", 1),
+        ("restore_tokens", 3),
+        ("restore_tokens_backward", 1),
+        ("gather_patches", 1),
+        ("patch_loss", 2),
+    ],
+)
+def test_a_position_out_of_range_is_named(name, position, wrong):
+    x, ids, pred = torch.zeros(2, 7, 3), orders(2, 6), torch.zeros(2, 6, 4)
+    imgs, row = torch.zeros(2, 1, 4, 6), torch.zeros(1, 1, 3)
+    args = {
+        "gather_tokens": [x[:, 1:], ids],
+        "scatter_tokens": [x[:, 1:], ids, 6],
+        "restore_tokens": [x[:, :3], row, ids, ids, torch.zeros(1, 7, 3)],
+        "restore_tokens_backward": [x, ids, 2],
+        "gather_patches": [imgs, ids, 2, None, None, torch.float32],
+        "patch_loss": [pred, imgs, ids, 2, True, None, 1.0, None, None],
+    }[name]
+    args[position] = args[position].clone()
+    args[position][1, 4] = wrong
+    expected = rf"{name}: ids\w*\[1, 4\] is {wrong}, expected a value in \[0, 6\)"
+    with pytest.raises(RuntimeError, match=expected):
+        getattr(ops, name)(*args)
+
+
+@pytest.mark.parametrize(
+    ("name", "args", "message"),
+    [
+        ("sample_masks", (torch.zeros(2), 0, 0, 4), "sample_ids cannot be Float"),
+        ("sample_masks", (orders(1, 2)[0], 0, 0, -1), r"num_patches in \[0, 2\^32\), got -1"),
+        (
+            "gather_tokens",
+            (torch.zeros(3, 4, 5), orders(2, 4)),
+            r"expected ids to be \(3, K\) of Long \(int64\), got Long \(2, 4\)",
+        ),
+        ("gather_tokens", (torch.zeros(3, 4), orders(3, 4)), "expected x to have 3 dimensions"),
+        (
+            "scatter_tokens",
+            (torch.zeros(2, 4, 5), orders(2, 3), 6),
+            r"expected ids to have shape \(2, 4\), got \(2, 3\)",
+        ),
+        (
+            "restore_tokens",
+            (
+                torch.zeros(2, 6, 5),
+                torch.zeros(1, 1, 5),
+                orders(2, 4),
+                orders(2, 4),
+                torch.zeros(5),
+            ),
+            r"expected x to have from 1 to 5 tokens an image, got \(2, 6, 5\)",
+        ),
+        (
+            "restore_tokens_backward",
+            (torch.zeros(2, 5, 5), orders(2, 4), 5),
+            r"num_visible in \[0, 4\], got 5",
+        ),
+        (
+            "gather_patches",
+            (torch.zeros(2, 3, 4, 4), orders(2, 4), 3, None, None, torch.float32),
+            r"H and W divisible by the patch size 3, got \(2, 3, 4, 4\)",
+        ),
+        (
+            "gather_patches",
+            (torch.zeros(2, 3, 4, 4), orders(2, 4), 2, torch.ones(2), None, torch.float32),
+            r"expected scale to have shape \(3,\), got \(2,\)",
+        ),
+        (
+            "gather_patches",
+            (torch.zeros(2, 3, 4, 4).int(), orders(2, 4), 2, None, None, torch.float32),
+            "imgs cannot be Int",
+        ),
+        (
+            "patch_loss",
+            (values((2, 4, 5)), values((2, 3, 4, 4)), orders(2, 4), 2, True, None, 1.0, None, None),
+            r"expected pred to have shape \(2, 4, 12\), got \(2, 4, 5\)",
+        ),
+    ],
+)
+def test_wrong_arguments_are_refused_by_name(name, args, message):
+    with pytest.raises(RuntimeError, match=f"{name}: .*{message}"):
+        getattr(ops, name)(*args)
 
 
 DIGEST = """
@@ -135,7 +333,7 @@ module = importlib.util.module_from_spec(spec)
 spec.loader.exec_module(module)
 digest = hashlib.sha256()
 for x in module.run_on_threads(1, unaligned=False):
-    digest.update(x.numpy().tobytes())
+    digest.update(x.contiguous().view(-1).view(module.torch.uint8).numpy().tobytes())
 print(module.native.build_info()["simd_in_use"], digest.hexdigest())
 """
 

@@ -345,7 +345,7 @@ def test_adamw_ema_is_torch_adamw_then_ema(backend, device):
     [
         ("patch_loss", "cuda", "patch_loss has no cuda implementation"),
         ("sample_masks", "triton", "sample_masks has no triton implementation"),
-        ("gather_tokens", "cpp", r"gather_tokens has no cpp implementation \(it has"),
+        ("gather_tokens", "cuda", r"gather_tokens has no cuda implementation \(it has"),
         ("ema_update_", "cuda", "tensors are on cpu; it needs cuda tensors"),
     ],
 )

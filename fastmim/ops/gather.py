@@ -4,7 +4,7 @@ import torch
 from torch import Tensor
 
 from fastmim.ops import reference
-from fastmim.ops._registry import Implementation, Op
+from fastmim.ops._registry import Implementation, Native, Op
 
 
 def gather_tokens(x: Tensor, ids: Tensor) -> Tensor:
@@ -110,6 +110,7 @@ _gather = Op(
     fake=_fake_gather,
     implementations={
         "reference": reference.gather_tokens,
+        "cpp": Native("gather_tokens"),
         "triton": Implementation("fastmim.kernels.gather:gather_tokens", accepts=_refuse_complex),
     },
     shapes=SHAPES,
@@ -126,6 +127,7 @@ _scatter = Op(
     fake=_fake_scatter,
     implementations={
         "reference": reference.scatter_tokens,
+        "cpp": Native("scatter_tokens"),
         "triton": Implementation("fastmim.kernels.gather:scatter_tokens", accepts=_refuse_complex),
     },
     shapes=SHAPES,

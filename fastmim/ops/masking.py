@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from fastmim.ops import reference
-from fastmim.ops._registry import Op
+from fastmim.ops._registry import Native, Op
 
 
 class Masks(NamedTuple):
@@ -160,7 +160,7 @@ def _fake_sample(sample_ids, seed, epoch, num_patches):
 _sample = Op(
     "sample_masks(Tensor sample_ids, int seed, int epoch, SymInt num_patches) -> (Tensor, Tensor)",
     fake=_fake_sample,
-    implementations={"reference": reference.sample_masks},
+    implementations={"reference": reference.sample_masks, "cpp": Native("sample_masks")},
     shapes={
         "edge": dict(b=3, n=7),
         "edge_two_patches": dict(b=2, n=2),

@@ -6,9 +6,9 @@ import torch
 from torch import Tensor
 
 from fastmim.ops import reference
-from fastmim.ops._registry import Op
+from fastmim.ops._registry import Implementation, Native, Op
 from fastmim.ops.gather import random_ids
-from fastmim.ops.patches import check_ids, check_images, check_pixels
+from fastmim.ops.patches import FLOATS, check_ids, check_images, check_pixels
 
 
 class PatchLoss(NamedTuple):
@@ -73,6 +73,14 @@ def patch_loss(
     return PatchLoss(total, pixel, consistency)
 
 
+def _native_patch_loss_accepts(pred, imgs, ids, p, norm_pix, teacher_pred, *rest) -> str | None:
+    if pred.dtype not in FLOATS or (imgs.dtype != torch.uint8 and imgs.dtype not in FLOATS):
+        return f"it takes no {pred.dtype} predictions for {imgs.dtype} images"
+    if teacher_pred is not None and teacher_pred.dtype != pred.dtype:
+        return f"it takes no {pred.dtype} pred beside a {teacher_pred.dtype} teacher_pred"
+    return None
+
+
 def _fake_patch_loss(pred, imgs, ids, patch_size, norm_pix, teacher_pred, gamma, scale, shift):
     double = torch.float64 in (pred.dtype, imgs.dtype)
     terms = [pred.new_empty((), dtype=torch.float64 if double else torch.float32) for _ in range(3)]
@@ -118,7 +126,10 @@ _patch_loss = Op(
     "Tensor? teacher_pred, float gamma, Tensor? scale, Tensor? shift) "
     "-> (Tensor, Tensor, Tensor, Tensor)",
     fake=_fake_patch_loss,
-    implementations={"reference": reference.patch_loss},
+    implementations={
+        "reference": reference.patch_loss,
+        "cpp": Implementation(Native("patch_loss"), accepts=_native_patch_loss_accepts),
+    },
     shapes={
         "edge": _shape(2, 5, 3, 3, 4, 2),
         "edge_no_teacher": _shape(2, 5, 3, 3, 4, 2, teacher=False),

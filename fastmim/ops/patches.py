@@ -4,7 +4,7 @@ import torch
 from torch import Tensor
 
 from fastmim.ops import reference
-from fastmim.ops._registry import Op
+from fastmim.ops._registry import Implementation, Native, Op
 from fastmim.ops.gather import random_ids, scatter_tokens
 
 
@@ -128,6 +128,16 @@ def unpatchify(patches: Tensor, patch_size: int, grid_size: tuple[int, int]) -> 
     return blocks.reshape(b, -1, rows * p, columns * p)
 
 
+# The types that compiled code knows; PyTorch's 8-bit floats are not among them.
+FLOATS = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
+
+
+def _native_gather_patches_accepts(imgs, ids, patch_size, scale, shift, dtype) -> str | None:
+    if (imgs.dtype != torch.uint8 and imgs.dtype not in FLOATS) or dtype not in FLOATS:
+        return f"it takes no {imgs.dtype} images to {dtype} rows"
+    return None
+
+
 def _fake_gather_patches(imgs, ids, patch_size, scale, shift, dtype):
     size = imgs.shape[1] * patch_size * patch_size
     return imgs.new_empty(ids.shape[0], ids.shape[1], size, dtype=dtype)
@@ -159,7 +169,10 @@ _gather_patches = Op(
     "gather_patches(Tensor imgs, Tensor ids, int patch_size, Tensor? scale, Tensor? shift, "
     "ScalarType dtype) -> Tensor",
     fake=_fake_gather_patches,
-    implementations={"reference": reference.gather_patches},
+    implementations={
+        "reference": reference.gather_patches,
+        "cpp": Implementation(Native("gather_patches"), accepts=_native_gather_patches_accepts),
+    },
     shapes={
         "edge": dict(b=2, c=3, h=3, w=4, p=2, k=5),
         "edge_one_channel": dict(b=1, c=1, h=2, w=2, p=3, k=2),

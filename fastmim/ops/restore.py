@@ -4,8 +4,9 @@ import torch
 from torch import Tensor
 
 from fastmim.ops import reference
-from fastmim.ops._registry import Op
+from fastmim.ops._registry import Implementation, Native, Op
 from fastmim.ops.masking import Masks, masks_from_noise
+from fastmim.ops.patches import FLOATS
 
 
 def restore_tokens(x: Tensor, mask_token: Tensor, masks: Masks, pos_embed: Tensor) -> Tensor:
@@ -67,6 +68,19 @@ def _restore_backward(ctx, grad):
     return grad_x.to(x_dtype), grad_mask.to(mask_dtype), None, None, grad_pos
 
 
+def _native_restore_accepts(x, mask_token, ids_shuffle, ids_restore, pos_embed) -> str | None:
+    dtypes = x.dtype, mask_token.dtype, pos_embed.dtype
+    if any(d not in FLOATS for d in dtypes):
+        return f"it takes no {dtypes} tensors"
+    if (x.dtype == torch.float64) != (pos_embed.dtype == torch.float64):
+        return "it takes float64 for both x and pos_embed or for neither"
+    return None
+
+
+def _native_restore_backward_accepts(grad, ids_shuffle, num_visible) -> str | None:
+    return None if grad.dtype in FLOATS else f"it takes no {grad.dtype} gradient"
+
+
 def _make(b, n, k, d, device, dtype):
     noise = torch.rand(b, n, device=device)
     masks = masks_from_noise(noise, k)
@@ -99,7 +113,8 @@ _restore = Op(
     implementations={
         "reference": lambda x, mask_token, _, ids_restore, pos_embed: reference.restore_tokens(
             x, mask_token, ids_restore, pos_embed
-        )
+        ),
+        "cpp": Implementation(Native("restore_tokens"), accepts=_native_restore_accepts),
     },
     shapes=SHAPES,
     make=_make,
@@ -110,7 +125,12 @@ _backward = Op(
     "restore_tokens_backward(Tensor grad, Tensor ids_shuffle, SymInt num_visible) "
     "-> (Tensor, Tensor)",
     fake=_fake_restore_backward,
-    implementations={"reference": reference.restore_tokens_backward},
+    implementations={
+        "reference": reference.restore_tokens_backward,
+        "cpp": Implementation(
+            Native("restore_tokens_backward"), accepts=_native_restore_backward_accepts
+        ),
+    },
     shapes=SHAPES,
     make=_make_backward,
 )
