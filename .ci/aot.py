@@ -17,9 +17,10 @@ from typing import NamedTuple
 os.environ.pop("TRITON_INTERPRET", None)  # interpreted kernels cannot be compiled
 os.environ.setdefault("TRITON_CACHE_DIR", tempfile.mkdtemp(prefix="fastmim_aot_"))
 
-import fastmim.kernels
 import triton
 from triton.backends.compiler import GPUTarget
+
+import fastmim.kernels
 
 ARCHITECTURES = (80, 90, 100, 120)
 TOOLS = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
