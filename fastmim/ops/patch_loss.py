@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from fastmim.ops import reference
-from fastmim.ops._registry import Op
+from fastmim.ops._registry import Implementation, Op
 from fastmim.ops.gather import random_ids
 from fastmim.ops.patches import check_ids, check_images, check_pixels
 
@@ -113,12 +113,21 @@ def _shape(b, m, c, h, w, p, teacher=True, norm_pix=True):
     return dict(b=b, m=m, c=c, h=h, w=w, p=p, teacher=teacher, norm_pix=norm_pix)
 
 
+def _refuse_large(pred, *rest) -> str | None:
+    if pred.shape[2] > 8192:
+        return f"its kernel holds a patch of at most 8192 values in registers, not {pred.shape[2]}"
+    return None
+
+
 _patch_loss = Op(
     "patch_loss(Tensor pred, Tensor imgs, Tensor ids, int patch_size, bool norm_pix, "
     "Tensor? teacher_pred, float gamma, Tensor? scale, Tensor? shift) "
     "-> (Tensor, Tensor, Tensor, Tensor)",
     fake=_fake_patch_loss,
-    implementations={"reference": reference.patch_loss},
+    implementations={
+        "reference": reference.patch_loss,
+        "triton": Implementation("fastmim.kernels.patch_loss:patch_loss", accepts=_refuse_large),
+    },
     shapes={
         "edge": _shape(2, 5, 3, 3, 4, 2),
         "edge_no_teacher": _shape(2, 5, 3, 3, 4, 2, teacher=False),

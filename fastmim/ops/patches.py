@@ -159,7 +159,10 @@ _gather_patches = Op(
     "gather_patches(Tensor imgs, Tensor ids, int patch_size, Tensor? scale, Tensor? shift, "
     "ScalarType dtype) -> Tensor",
     fake=_fake_gather_patches,
-    implementations={"reference": reference.gather_patches},
+    implementations={
+        "reference": reference.gather_patches,
+        "triton": "fastmim.kernels.patches:gather_patches",
+    },
     shapes={
         "edge": dict(b=2, c=3, h=3, w=4, p=2, k=5),
         "edge_one_channel": dict(b=1, c=1, h=2, w=2, p=3, k=2),

@@ -99,7 +99,8 @@ _restore = Op(
     implementations={
         "reference": lambda x, mask_token, _, ids_restore, pos_embed: reference.restore_tokens(
             x, mask_token, ids_restore, pos_embed
-        )
+        ),
+        "triton": "fastmim.kernels.restore:restore_tokens",
     },
     shapes=SHAPES,
     make=_make,
@@ -110,7 +111,10 @@ _backward = Op(
     "restore_tokens_backward(Tensor grad, Tensor ids_shuffle, SymInt num_visible) "
     "-> (Tensor, Tensor)",
     fake=_fake_restore_backward,
-    implementations={"reference": reference.restore_tokens_backward},
+    implementations={
+        "reference": reference.restore_tokens_backward,
+        "triton": "fastmim.kernels.restore:restore_tokens_backward",
+    },
     shapes=SHAPES,
     make=_make_backward,
 )
