@@ -27,7 +27,7 @@ def _gather_kernel(
     num_rows,  # B * K
     N,
     K,
-    D: tl.constexpr,  # known when compiling, so that rows of 16 n bytes are moved 16 bytes at a time
+    D: tl.constexpr,  # known when compiling: rows of 16 n bytes are moved 16 bytes at a time
     ROWS: tl.constexpr,
     COLUMNS: tl.constexpr,
 ):

@@ -45,9 +45,9 @@ def _sample_masks_kernel(
     rank = tl.zeros((BLOCK_N,), tl.int32)
     for start in range(0, BLOCK_N, COMPARED):
         j = start + tl.arange(0, COMPARED)
-        others = _keys(sample_id, seed, epoch_word, j)
-        lower = (others[None, :] < keys[:, None]) & (j < N)[None, :]
-        rank += tl.sum(lower.to(tl.int32), axis=1)
+        others = tl.gather(keys, j, axis=0)
+        lower = (others[:, None] < keys[None, :]) & (j < N)[:, None]
+        rank += tl.sum(lower.to(tl.int32), axis=0)  # along registers: i lies across threads
     row = image * N
     tl.store(ids_restore_ptr + row + i, rank.to(tl.int64), mask=i < N)
     tl.store(ids_shuffle_ptr + row + rank, i.to(tl.int64), mask=i < N)

@@ -20,12 +20,12 @@ MAX_PROGRAMS = 4096  # enough to fill a large GPU; each leaves two partial sums
 
 
 @triton.jit
-def _square_root(x):
-    """Correctly rounded: ``tl.sqrt`` is approximate in float32, ``tl.sqrt_rn`` takes only that."""
+def _reciprocal_root(x):
+    """1 / sqrt(x) of two correctly rounded steps, which have names of their own in float32."""
     if x.dtype == tl.float32:
-        return tl.sqrt_rn(x)
+        return tl.div_rn(1.0, tl.sqrt_rn(x))
     else:
-        return tl.sqrt(x)
+        return 1.0 / tl.sqrt(x)
 
 
 @triton.jit
@@ -61,17 +61,18 @@ def _patch_loss_kernel(
     i = tl.arange(0, COLUMNS)  # (y * p + x) * C + c
     inside_patch = i < P
     channel, x, y = i % C, i // C % p, i // (C * p)
-    pixel_offset = (
-        channel.to(tl.int64) * stride_ic + y.to(tl.int64) * stride_ih + x.to(tl.int64) * stride_iw
-    )
+    # 32 bits save registers; accepts() refuses patches that span more.
+    pixel_offset = channel * stride_ic + y * stride_ih + x * stride_iw
     pixel_error = tl.zeros((ROWS, COLUMNS), WIDE)
     teacher_distance = tl.zeros((ROWS, COLUMNS), WIDE)
     for start in range(program * ROWS, num_rows, programs * ROWS):
         row = start + tl.arange(0, ROWS)  # b * M + m
         mask = (row < num_rows)[:, None] & inside_patch[None, :]
-        place = tl.load(ids_ptr + row, mask=row < num_rows, other=0)
-        corner = (place // grid_width) * stride_ih + (place % grid_width) * stride_iw
-        source = (row // M) * stride_ib + corner * p
+        # Divisions of 64 bits are slow; accepts() refuses 2**31 rows.
+        place = tl.load(ids_ptr + row, mask=row < num_rows, other=0).to(tl.int32)
+        image = (row.to(tl.int32) // M).to(tl.int64)
+        down, right = (place // grid_width).to(tl.int64), (place % grid_width).to(tl.int64)
+        source = image * stride_ib + (down * stride_ih + right * stride_iw) * p
         target = tl.load(imgs_ptr + source[:, None] + pixel_offset[None, :], mask=mask, other=0)
         target = target.to(PIXEL)
         if scale_ptr is not None:
@@ -82,7 +83,7 @@ def _patch_loss_kernel(
             mean = tl.sum(tl.where(mask, target, 0.0), axis=1) / P
             target = tl.where(mask, target - mean[:, None], 0.0)
             variance = tl.sum(target * target, axis=1) / (P - 1)
-            target = target / _square_root(variance + 1e-6)[:, None]
+            target *= _reciprocal_root(variance + 1e-6)[:, None]
         values = row[:, None] * P + i[None, :]
         pred = tl.load(pred_ptr + values, mask=mask, other=0).to(WIDE)
         error = tl.where(mask, pred - target.to(WIDE), 0.0)
@@ -161,7 +162,7 @@ def patch_loss(
             C=imgs.shape[1],
             ROWS=rows,
             COLUMNS=block,
-            num_warps=min(max(block // 256, 4), 16),  # 8 to 16 values a thread
+            num_warps=min(max(block // 128, 4), 16),  # 4 values a thread, as long as 16 warps do
             **OPTIONS,
         )
         _sum_losses_kernel[(1,)](

@@ -2,7 +2,7 @@
 
 One program cuts rows of pixels, up to 2048 values, out of one patch: for 3 channels of 16 x 16 the
 whole patch. Only the named patches are read, as they are stored (uint8 or floating point), and each
-value is written once: B * K * P * (itemsize of a pixel + itemsize of the result) bytes, P = C * p * p.
+value is written once: B * K * C * p * p * (itemsize of a pixel + itemsize of the result) bytes.
 """
 
 import torch

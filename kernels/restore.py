@@ -17,6 +17,7 @@ from ._tiles import MAX_ROWS, columns
 # Unfused is what the reference does; there is no product to fuse.
 OPTIONS = {"enable_fp_fusion": False, "num_warps": 4}
 MAX_PROGRAMS = 512  # a few for each of the 100 to 150 processors of a large GPU
+BACKWARD_ROWS = 8  # half a tile: the sum takes as many registers as the gradients just read
 PARTIAL_ROWS = 64  # partial sums that the second launch holds at a time
 
 
@@ -146,7 +147,7 @@ def restore_tokens_backward(
     grad_mask = torch.empty(1, 1, d, device=grad.device, dtype=grad.dtype)
     if not grad.numel():
         return grad_x, grad_mask.zero_()
-    programs = min(triton.cdiv(b * length, MAX_ROWS), MAX_PROGRAMS)
+    programs = min(triton.cdiv(b * length, BACKWARD_ROWS), MAX_PROGRAMS)
     wide = torch.float64 if grad.dtype == torch.float64 else torch.float32
     partial = torch.empty(programs, d, device=grad.device, dtype=wide)
     block = columns(d)
@@ -161,7 +162,7 @@ def restore_tokens_backward(
             num_visible,
             length - 1,
             D=d,
-            ROWS=MAX_ROWS,
+            ROWS=BACKWARD_ROWS,
             COLUMNS=block,
             **OPTIONS,
         )

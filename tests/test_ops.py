@@ -215,6 +215,8 @@ def test_nothing_beside_the_tensors_is_written(op, backend, shape, device):
 def test_gradient_is_that_of_finite_differences(op, backend, shape, device):
     args = make(op, shape, device, torch.float64)
     usable(op, backend, args)
+    if not inputs(op, args):
+        pytest.skip("bytes have no gradient")
     for given in variants(op, args):
         for t in inputs(op, given):
             t.requires_grad_()

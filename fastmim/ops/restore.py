@@ -89,7 +89,10 @@ SHAPES = {
     "edge_one_visible": dict(b=1, n=2, k=1, d=1),
     "edge_empty": dict(b=0, n=4, k=2, d=8),
     "edge_h14": dict(b=1, n=256, k=64, d=3),
+    "edge_wide": dict(b=1, n=3, k=1, d=300),
+    "edge_many_images": dict(b=18, n=4, k=2, d=3),
     "vit_b": dict(b=256, n=196, k=49, d=512),
+    "vit_h14": dict(b=256, n=256, k=64, d=512),
 }
 
 _restore = Op(
