@@ -19,6 +19,7 @@ import re
 import subprocess
 import sys
 import tempfile
+import textwrap
 from collections.abc import Iterator
 from pathlib import Path
 from typing import NamedTuple
@@ -41,6 +42,12 @@ DTYPES = (torch.bfloat16, torch.float32)
 TABLE = Path(__file__).parents[1] / "docs" / "kernels.md"
 TOOLS = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
 TOLERANCE = 0.1
+INTRODUCTION = f"""\
+Written by `.ci/aot.py --write docs/kernels.md` with Triton {triton.__version__}: every kernel
+compiled, not run, for each architecture at the real shapes of its operators. A cell holds registers
+per thread / bytes of shared memory; spills are instructions that access local memory, all
+architectures together; load and store are the widest accesses to global memory in bits, on the
+architecture where they are narrowest."""
 SPILLS_ALLOWED: dict[str, str] = {}  # "module:kernel" to the reason
 
 
@@ -171,13 +178,7 @@ def render(table: Table) -> str:
     lines = [
         "# Triton kernels",
         "",
-        f"Written by `.ci/aot.py --write` with Triton {triton.__version__}: every kernel compiled, "
-        "not run, for each",
-        "architecture at the real shapes of its operators. A cell holds registers per thread / "
-        "bytes of shared memory;",
-        "spills are instructions that access local memory, all architectures together; load and "
-        "store are the widest",
-        "accesses to global memory in bits, on the architecture where they are narrowest.",
+        textwrap.fill(INTRODUCTION, 100),
         "",
         "| kernel | operator, shape, dtype | "
         + " | ".join(f"sm_{a}" for a in ARCHITECTURES)

@@ -11,11 +11,13 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ._tiles import MAX_ROWS, columns
+from ._tiles import columns
 
-# Four warps and tiles of 4096 values: a 16-byte access for every thread, several in flight.
+# Four warps and tiles of 16 x 256 values: every thread has four or more accesses of 16 bytes in
+# flight.
 # No arithmetic here: enable_fp_fusion is set because its default changes.
 OPTIONS = {"enable_fp_fusion": False, "num_warps": 4}
+ROWS = 16  # of a tile
 MAX_IDS = 256  # ids that the scatter compares at a time
 
 
@@ -86,7 +88,7 @@ def gather_tokens(x: Tensor, ids: Tensor) -> Tensor:
     if out.numel():
         block = columns(d)
         with torch.cuda.device_of(x):
-            _gather_kernel[(triton.cdiv(b * k, MAX_ROWS) * triton.cdiv(d, block),)](
+            _gather_kernel[(triton.cdiv(b * k, ROWS) * triton.cdiv(d, block),)](
                 x.contiguous(),
                 ids.contiguous(),
                 out,
@@ -94,7 +96,7 @@ def gather_tokens(x: Tensor, ids: Tensor) -> Tensor:
                 n,
                 k,
                 D=d,
-                ROWS=MAX_ROWS,
+                ROWS=ROWS,
                 COLUMNS=block,
                 **OPTIONS,
             )
@@ -107,14 +109,14 @@ def scatter_tokens(x: Tensor, ids: Tensor, num_tokens: int) -> Tensor:
     if out.numel():
         block = columns(d)
         with torch.cuda.device_of(x):
-            _scatter_kernel[(b * triton.cdiv(num_tokens, MAX_ROWS) * triton.cdiv(d, block),)](
+            _scatter_kernel[(b * triton.cdiv(num_tokens, ROWS) * triton.cdiv(d, block),)](
                 x.contiguous(),
                 ids.contiguous(),
                 out,
                 num_tokens,
                 k,
                 D=d,
-                ROWS=MAX_ROWS,
+                ROWS=ROWS,
                 COLUMNS=block,
                 IDS=min(triton.next_power_of_2(max(k, 1)), MAX_IDS),
                 **OPTIONS,

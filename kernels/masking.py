@@ -57,8 +57,9 @@ def sample_masks(
     sample_ids: Tensor, seed: int, epoch: int, num_patches: int
 ) -> tuple[Tensor, Tensor]:
     b = sample_ids.shape[0]
-    ids_shuffle = torch.empty(b, num_patches, device=sample_ids.device, dtype=torch.int64)
-    ids_restore = torch.empty_like(ids_shuffle)
+    ids_shuffle, ids_restore = (
+        torch.empty(b, num_patches, device=sample_ids.device, dtype=torch.int64) for _ in range(2)
+    )
     if ids_shuffle.numel():
         block = triton.next_power_of_2(num_patches)
         with torch.cuda.device_of(sample_ids):

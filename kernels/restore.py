@@ -1,7 +1,8 @@
 """The decoder's input, and its gradient.
 
-Forward: one program makes one position of 16 images, up to 256 columns, so it reads the position
-table once for all of them: B * (K + N + 2) * D * itemsize bytes and one launch. Backward: a fixed
+Forward: one program makes 8 tokens, up to 256 columns, in one launch; neighbours are the same
+position of different images, so the position table is read from cache. It moves
+B * (K + N + 2) * D * itemsize bytes. Backward: a fixed
 number of programs walk over all rows; each copies the gradients of visible tokens and adds up those
 of mask tokens in registers, and a second, small launch adds these partial sums. It reads
 B * (N + 1) * D values and writes B * (K + 1) * D. No atomics and a fixed order: deterministic.
@@ -12,12 +13,12 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ._tiles import MAX_ROWS, columns
+from ._tiles import columns
 
 # Unfused is what the reference does; there is no product to fuse.
 OPTIONS = {"enable_fp_fusion": False, "num_warps": 4}
 MAX_PROGRAMS = 512  # a few for each of the 100 to 150 processors of a large GPU
-BACKWARD_ROWS = 8  # half a tile: the sum takes as many registers as the gradients just read
+ROWS = 8  # of a tile: each takes twice the registers of a copy, for what is added to it
 PARTIAL_ROWS = 64  # partial sums that the second launch holds at a time
 
 
@@ -38,22 +39,21 @@ def _restore_tokens_kernel(
     WIDE: tl.constexpr = tl.float64 if out_ptr.dtype.element_ty == tl.float64 else tl.float32
     program = tl.program_id(0).to(tl.int64)
     tiles: tl.constexpr = (D + COLUMNS - 1) // COLUMNS
-    place = program // tiles % (N + 1)  # in the sequence: 0 is the cls token
-    image = (program // tiles // (N + 1)) * ROWS + tl.arange(0, ROWS)
+    row = (program // tiles) * ROWS + tl.arange(0, ROWS)  # place * B + b
     d = (program % tiles) * COLUMNS + tl.arange(0, COLUMNS)
-    inside = image < B
-    rank = tl.load(ids_restore_ptr + image * N + tl.maximum(place - 1, 0), mask=inside, other=0)
-    rank = tl.where(place > 0, rank, -1)
-    visible = rank < K
-    mask = inside[:, None] & (d < D)[None, :]
-    tokens = tl.load(
-        x_ptr + (image * (K + 1) + rank + 1)[:, None] * D + d[None, :],
-        mask=mask & visible[:, None],
-        other=0,
-    ).to(WIDE)
-    hidden = tl.load(mask_token_ptr + d, mask=d < D).to(x_ptr.dtype.element_ty).to(WIDE)
-    position = tl.load(pos_embed_ptr + place * D + d, mask=d < D).to(WIDE)
-    tokens = tl.where(visible[:, None], tokens, hidden[None, :]) + position[None, :]
+    place, image = row // B, row % B  # place 0 is the cls token
+    inside = place <= N
+    is_patch = inside & (place > 0)
+    rank = tl.load(ids_restore_ptr + image * N + place - 1, mask=is_patch, other=-1)
+    columns_inside = d < D
+    mask = inside[:, None] & columns_inside[None, :]
+    visible = (rank < K)[:, None]
+    source = (image * (K + 1) + rank + 1)[:, None] * D + d[None, :]
+    tokens = tl.load(x_ptr + source, mask=mask & visible, other=0).to(WIDE)
+    hidden = tl.load(mask_token_ptr + d, mask=columns_inside)
+    hidden = hidden.to(x_ptr.dtype.element_ty).to(WIDE)
+    tokens = tl.where(visible, tokens, hidden[None, :])
+    tokens += tl.load(pos_embed_ptr + place[:, None] * D + d[None, :], mask=mask).to(WIDE)
     target = (image * (N + 1) + place)[:, None] * D + d[None, :]
     tl.store(out_ptr + target, tokens.to(out_ptr.dtype.element_ty), mask=mask)
 
@@ -122,7 +122,7 @@ def restore_tokens(
     if out.numel():
         block = columns(d)
         with torch.cuda.device_of(x):
-            _restore_tokens_kernel[((n + 1) * triton.cdiv(b, MAX_ROWS) * triton.cdiv(d, block),)](
+            _restore_tokens_kernel[(triton.cdiv(b * (n + 1), ROWS) * triton.cdiv(d, block),)](
                 x.contiguous(),
                 mask_token.contiguous(),
                 ids_restore.contiguous(),
@@ -132,7 +132,7 @@ def restore_tokens(
                 x.shape[1] - 1,
                 n,
                 D=d,
-                ROWS=MAX_ROWS,
+                ROWS=ROWS,
                 COLUMNS=block,
                 **OPTIONS,
             )
@@ -147,7 +147,7 @@ def restore_tokens_backward(
     grad_mask = torch.empty(1, 1, d, device=grad.device, dtype=grad.dtype)
     if not grad.numel():
         return grad_x, grad_mask.zero_()
-    programs = min(triton.cdiv(b * length, BACKWARD_ROWS), MAX_PROGRAMS)
+    programs = min(triton.cdiv(b * length, ROWS), MAX_PROGRAMS)
     wide = torch.float64 if grad.dtype == torch.float64 else torch.float32
     partial = torch.empty(programs, d, device=grad.device, dtype=wide)
     block = columns(d)
@@ -162,7 +162,7 @@ def restore_tokens_backward(
             num_visible,
             length - 1,
             D=d,
-            ROWS=BACKWARD_ROWS,
+            ROWS=ROWS,
             COLUMNS=block,
             **OPTIONS,
         )
