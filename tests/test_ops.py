@@ -155,7 +155,6 @@ MIXED = [
     ("restore_tokens", "mask_token", torch.float64),
     ("restore_tokens", "pos_embed", torch.float64),
     ("patch_loss", "pred", torch.bfloat16),
-    ("patch_loss", "pred", torch.float64),
     ("patch_loss", "imgs", torch.float64),
     ("patch_loss", "teacher_pred", torch.bfloat16),
 ]
