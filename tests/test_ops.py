@@ -40,27 +40,26 @@ TYPED_CASES = [
 DIFFERENTIABLE_CASES = [case for case in CASES if case.values[0].differentiable]
 
 
-def run(op: Op, backend: str, args: tuple) -> list[Tensor]:
-    """Results of a call on copies of ``args``: the tensors returned, or those changed in place."""
-    args = copy.deepcopy(args)
+def usable(op: Op, backend: str, args: tuple) -> None:
+    """Skip with the reason if the backend cannot serve the call."""
     device = next(leaf.device for leaf in tree_leaves(args) if isinstance(leaf, Tensor))
-    reason = op.unavailable(backend, device)
-    if reason is None and backend == "triton":
+    if op.unavailable(backend, device) is None and backend == "triton":
         pytest.importorskip("fastmim.kernels", reason="a checkout has no fastmim.kernels; install")
     with use_backend(backend):
         try:
             op.choose(device, args)
         except RuntimeError as refused:
             pytest.skip(str(refused))
+
+
+def run(op: Op, backend: str, args: tuple) -> list[Tensor]:
+    """Results of a call on copies of ``args``: the tensors returned, or those changed in place."""
+    usable(op, backend, args)
+    args = copy.deepcopy(args)
+    with use_backend(backend):
         out = op(*args)
     changed = [a for a, s in zip(args, op.overload._schema.arguments, strict=True) if s.is_write]
     return tree_leaves(changed if op.name in IN_PLACE else out)
-
-
-def usable(op: Op, backend: str, args: tuple) -> None:
-    """Skip with the reason if the backend cannot serve the call."""
-    with torch.no_grad():
-        run(op, backend, args)
 
 
 def make(op: Op, shape: str, device: str, dtype: torch.dtype) -> tuple:
@@ -185,6 +184,22 @@ def test_arguments_of_different_dtypes_are_promoted(op, backend, argument, dtype
             accuracy.relative(got, plain, formula)
 
 
+@pytest.mark.parametrize(
+    ("name", "shape", "limits"),
+    [
+        ("restore_tokens_backward", "edge_h14", {"restore.MAX_PROGRAMS": 2}),
+        ("patch_loss", "edge", {"patch_loss.MAX_PROGRAMS": 3, "patch_loss.TILE": 16}),
+    ],
+)
+def test_few_triton_programs_walk_over_many_rows(name, shape, limits, device, monkeypatch):
+    op = OPS[name]
+    args = make(op, shape, device, torch.float32)
+    usable(op, "triton", args)
+    for limit, value in limits.items():
+        monkeypatch.setattr(f"fastmim.kernels.{limit}", value)
+    assert_accurate(op, run(op, "triton", args), args, torch.float32)
+
+
 @pytest.mark.parametrize(("op", "backend", "shape"), CASES)
 def test_repeats_to_the_bit(op, backend, shape, device):
     args = make(op, shape, device, torch.float32)
@@ -255,7 +270,7 @@ class Guarded:
 @pytest.mark.parametrize(("op", "backend", "shape"), CASES)
 def test_nothing_beside_the_tensors_is_written(op, backend, shape, device, monkeypatch):
     args = make(op, shape, device, torch.float32)
-    expected = run(op, backend, args)
+    usable(op, backend, args)
     guarded = Guarded()
     given = tree_map(guarded.copy, args)
     with use_backend(backend), monkeypatch.context() as patch:
@@ -264,7 +279,7 @@ def test_nothing_beside_the_tensors_is_written(op, backend, shape, device, monke
     guarded.check()
     schema = op.overload._schema.arguments
     changed = [a for a, s in zip(given, schema, strict=True) if s.is_write]
-    for got, right in zip(tree_leaves(changed or out), expected, strict=True):
+    for got, right in zip(tree_leaves(changed or out), run(op, backend, args), strict=True):
         accuracy.exact(got, right)
     for a, before, s in zip(given, args, schema, strict=True):
         if not s.is_write:
