@@ -1,9 +1,17 @@
-"""Compile every Triton kernel for sm_80, 90, 100 and 120 without a GPU; fail on a spill.
+"""Compile every Triton kernel for sm_80, 90, 100 and 120 without a GPU, as its launcher would.
 
-A kernel that is in ``fastmim.kernels`` and not in CASES fails too. A binary that builds is no proof
-that it runs.
+The operators of the registry are called on tensors without memory, at each of their real shapes;
+what the launchers launch is compiled instead. A binary that builds is no proof that it runs.
+
+usage: aot.py [--write docs/kernels.md]
+
+Without ``--write`` the result is compared with the committed table. It fails on a spill, on a
+kernel that no operator launches, on a missing or left-over row, on registers or shared memory that
+differ by more than 10 %, and on narrower memory accesses.
 """
 
+import argparse
+import functools
 import importlib
 import os
 import pkgutil
@@ -11,106 +19,223 @@ import re
 import subprocess
 import sys
 import tempfile
+import textwrap
+from collections.abc import Iterator
 from pathlib import Path
 from typing import NamedTuple
+from unittest import mock
 
 os.environ.pop("TRITON_INTERPRET", None)  # interpreted kernels cannot be compiled
 os.environ.setdefault("TRITON_CACHE_DIR", tempfile.mkdtemp(prefix="fastmim_aot_"))
 
+import torch
 import triton
 from triton.backends.compiler import GPUTarget
+from triton.compiler import CompiledKernel
+from triton.runtime import JITFunction, driver
 
 import fastmim.kernels
+from fastmim.ops import OPS
 
 ARCHITECTURES = (80, 90, 100, 120)
+DTYPES = (torch.bfloat16, torch.float32)
+TABLE = Path(__file__).parents[1] / "docs" / "kernels.md"
 TOOLS = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
+TOLERANCE = 0.1
+INTRODUCTION = f"""\
+Written by `.ci/aot.py --write docs/kernels.md` with Triton {triton.__version__}: every kernel
+compiled, not run, for each architecture at the real shapes of its operators. A cell holds registers
+per thread / bytes of shared memory; spills are instructions that access local memory, all
+architectures together; load and store are the widest accesses to global memory in bits, on the
+architecture where they are narrowest."""
+SPILLS_ALLOWED: dict[str, str] = {}  # "module:kernel" to the reason
 
 
-class Case(NamedTuple):
-    """One real configuration of a kernel.
+class Usage(NamedTuple):
+    """Resources of one binary.
 
     Attributes:
-        kernel: ``module:function`` within fastmim.kernels.
-        types: Of the arguments that are not constants.
-        constants: tl.constexpr arguments.
-        aligned: Arguments divisible by 16, which the runtime would find out by itself.
+        registers: Per thread.
+        shared: Shared memory of a program, bytes.
+        spills: Instructions that access local memory.
+        load: Widest access to global memory, bits; 0 if there is none.
+        store: Likewise.
     """
 
-    kernel: str
-    types: dict[str, str]
-    constants: dict[str, int]
-    aligned: tuple[str, ...]
+    registers: int
+    shared: int
+    spills: int
+    load: int
+    store: int
 
 
-def _rows(kernel: str, dtype: str, width: int) -> Case:
-    pointers = {"x_ptr": f"*{dtype}", "ids_ptr": "*i64", "out_ptr": f"*{dtype}"}
-    return Case(
-        kernel,
-        {**pointers, "N": "i32", "K": "i32", "D": "i32"},
-        {"BLOCK_D": triton.next_power_of_2(width)},
-        (*pointers, *(["D"] if width % 16 == 0 else [])),
-    )
+Table = dict[tuple[str, str], list[Usage]]  # (kernel, configuration) to one usage per architecture
 
 
-CASES = [
-    _rows(f"gather:{kernel}", dtype, width)
-    for kernel in ("_gather_kernel", "_scatter_kernel")
-    for dtype in ("bf16", "fp16", "fp32")
-    for width in (512, 768, 1280)
-]
+class CompileOnly:
+    """What Triton asks of a driver before a launch. The device index is the architecture."""
+
+    def __init__(self, architecture: int) -> None:
+        self.architecture = architecture
+
+    def get_current_device(self) -> int:
+        return self.architecture
+
+    def get_current_stream(self, device: int) -> int:
+        return 0
+
+    def get_current_target(self) -> GPUTarget:
+        return GPUTarget("cuda", self.architecture, 32)
 
 
-def kernels() -> dict[str, triton.runtime.JITFunction]:
-    """Every Triton kernel of the package, by ``module:function``."""
-    found = {}
-    for info in pkgutil.iter_modules(fastmim.kernels.__path__):
-        module = importlib.import_module(f"fastmim.kernels.{info.name}")
-        for name, value in vars(module).items():
-            if isinstance(value, triton.runtime.JITFunction):
-                found[f"{info.name}:{name}"] = value
-    return found
+def kernels() -> set[str]:
+    """Every Triton kernel of the package as ``module:function``; helpers do not end in _kernel."""
+    modules = [
+        importlib.import_module(f"fastmim.kernels.{info.name}")
+        for info in pkgutil.iter_modules(fastmim.kernels.__path__)
+    ]
+    return {
+        kernel_name(value)
+        for module in modules
+        for name, value in vars(module).items()
+        if isinstance(value, JITFunction) and name.endswith("_kernel")
+    }
 
 
-def compile_case(case: Case, kernel: triton.runtime.JITFunction, arch: int) -> dict[str, int]:
-    """Registers, stack bytes, local-memory instructions and shared memory of one binary."""
-    names = kernel.arg_names
-    source = triton.compiler.ASTSource(
-        kernel,
-        {n: case.types.get(n, "constexpr") for n in names},
-        case.constants,
-        {(names.index(n),): [["tt.divisibility", 16]] for n in case.aligned},
-    )
-    options = importlib.import_module(kernel.fn.__module__).OPTIONS  # those it is launched with
-    built = triton.compile(source, target=GPUTarget("cuda", arch, 32), options=options)
+def kernel_name(kernel: JITFunction) -> str:
+    return f"{kernel.module.rpartition('.')[2]}:{kernel.fn.__name__}"
+
+
+def launched(launcher, args: tuple, architecture: int) -> Iterator[tuple[str, CompiledKernel]]:
+    """The kernels that a launcher would launch, compiled."""
+    binaries = []
+
+    def compile_only(kernel, grid):
+        def launch(*given, **constants):
+            built = kernel.run(*given, grid=grid, warmup=True, **constants)
+            binaries.append((kernel_name(kernel), built))
+
+        return launch
+
+    driver.set_active(CompileOnly(architecture))
+    with mock.patch.object(JITFunction, "__getitem__", compile_only):
+        launcher(*args)
+    return iter(binaries)
+
+
+@functools.cache
+def usage(binary: CompiledKernel) -> Usage:
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
-        file.write(built.asm["cubin"])
+        file.write(binary.asm["cubin"])
         file.flush()
-        usage, sass = (
+        resources, sass = (
             subprocess.run(
                 [str(TOOLS / tool), *flags, file.name], capture_output=True, text=True, check=True
             ).stdout
             for tool, flags in (("cuobjdump", ["--dump-resource-usage"]), ("nvdisasm", []))
         )
-    numbers = {k.lower(): int(v) for k, v in re.findall(r"\b(REG|STACK):(\d+)", usage)}
-    spills = len(re.findall(r"\b(?:LDL|STL)\b", sass))
-    return {**numbers, "spills": spills, "shared": built.metadata.shared}
+    return Usage(
+        int(re.search(r"\bREG:(\d+)", resources)[1]),
+        binary.metadata.shared,
+        len(re.findall(r"\b(?:LDL|STL)\b", sass)),
+        widest(sass, "LDG"),
+        widest(sass, "STG"),
+    )
+
+
+def widest(sass: str, instruction: str) -> int:
+    bits = {"U8": 8, "S8": 8, "U16": 16, "S16": 16, "64": 64, "128": 128, "256": 256}
+    return max(
+        (
+            max((bits[part] for part in modifiers.split(".") if part in bits), default=32)
+            for modifiers in re.findall(rf"\b{instruction}\.([\w.]+)", sass)
+        ),
+        default=0,
+    )
+
+
+def measure() -> Table:
+    """Usage of every kernel at every real shape of the operators that launch it."""
+    table: Table = {}
+    for op in OPS.values():
+        if "triton" not in op.backends:
+            continue
+        for shape in (name for name in op.shapes if not name.startswith("edge")):
+            for dtype in DTYPES:
+                args = op.make(**op.shapes[shape], device="meta", dtype=dtype)
+                configuration = f"{op.name} {shape}"
+                if dtype in (getattr(arg, "dtype", arg) for arg in args):
+                    configuration += f" {str(dtype).removeprefix('torch.')}"
+                elif dtype != DTYPES[0]:
+                    continue
+                for architecture in ARCHITECTURES:
+                    for name, binary in launched(op.implementation("triton"), args, architecture):
+                        table.setdefault((name, configuration), []).append(usage(binary))
+    return table
+
+
+def render(table: Table) -> str:
+    lines = [
+        "# Triton kernels",
+        "",
+        textwrap.fill(INTRODUCTION, 100),
+        "",
+        "| kernel | operator, shape, dtype | "
+        + " | ".join(f"sm_{a}" for a in ARCHITECTURES)
+        + " | spills | load | store |",
+        "|---|---|" + "---|" * (len(ARCHITECTURES) + 3),
+    ]
+    for (kernel, configuration), row in sorted(table.items()):
+        cells = [f"{u.registers} / {u.shared}" for u in row]
+        sums = [sum(u.spills for u in row), min(u.load for u in row), min(u.store for u in row)]
+        lines.append(f"| {' | '.join([kernel, configuration, *cells, *map(str, sums)])} |")
+    return "\n".join(lines) + "\n"
+
+
+def rows(text: str) -> dict[tuple[str, str], list[int]]:
+    """Numbers of a rendered table by kernel and configuration."""
+    found = {}
+    for line in text.splitlines():
+        cells = [cell.strip() for cell in line.strip("|").split("|")]
+        if ":_" in cells[0]:
+            found[cells[0], cells[1]] = [int(n) for n in re.findall(r"\d+", " ".join(cells[2:]))]
+    return found
+
+
+def problems(table: Table, committed: str) -> list[str]:
+    """Why the result is not accepted."""
+    found = [f"{name}: no operator launches it at a real shape" for name in kernels()]
+    found = [line for line in found if line.partition(": no ")[0] not in {k for k, _ in table}]
+    if f"Triton {triton.__version__}:" not in committed:
+        found.append(f"{TABLE.name} was not written with Triton {triton.__version__}")
+    before, now = rows(committed), rows(render(table))
+    for key in sorted(before.keys() | now.keys()):
+        where = " ".join(key)
+        if key not in before or key not in now:
+            found.append(f"{where}: {'not in' if key in now else 'only in'} {TABLE.name}")
+            continue
+        *sizes, spills, load, store = now[key]
+        *old_sizes, _, old_load, old_store = before[key]
+        if spills and key[0] not in SPILLS_ALLOWED:
+            found.append(f"{where}: {spills} spills")
+        if load < old_load or store < old_store:
+            found.append(f"{where}: accesses of {load}, {store} bits, not {old_load}, {old_store}")
+        if any(abs(a - b) > TOLERANCE * b for a, b in zip(sizes, old_sizes, strict=True)):
+            found.append(f"{where}: registers and shared memory {sizes}, were {old_sizes}")
+    return found
 
 
 def main() -> int:
-    found = kernels()
-    missing = sorted(set(found) - {case.kernel for case in CASES})
-    if missing:
-        print(f"aot: no case for {', '.join(missing)}; add one to CASES in {__file__}")
-        return 1
-    bad = 0
-    for case in CASES:
-        for arch in ARCHITECTURES:
-            row = compile_case(case, found[case.kernel], arch)
-            bad += row["spills"] > 0
-            numbers = " ".join(f"{k}={v}" for k, v in row.items())
-            print(f"{case.kernel} {case.types['x_ptr']} {case.constants} sm_{arch}: {numbers}")
-    print(f"triton {triton.__version__}: {len(CASES) * len(ARCHITECTURES)} binaries, {bad} spill")
-    return bool(bad)
+    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
+    parser.add_argument("--write", type=Path, help="write the table here")
+    options = parser.parse_args()
+    table = measure()
+    if options.write:
+        options.write.write_text(render(table))
+    wrong = problems(table, (options.write or TABLE).read_text())
+    print("\n".join([render(table), *wrong]))
+    print(f"triton {triton.__version__}: {len(table)} configurations, {len(wrong)} problems")
+    return bool(wrong)
 
 
 if __name__ == "__main__":

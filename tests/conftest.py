@@ -1,5 +1,6 @@
 """The device under test, fixed seeds, and the authors' recorded vectors."""
 
+import importlib.util
 import os
 from pathlib import Path
 
@@ -12,6 +13,10 @@ from safetensors.torch import load_file
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 if DEVICE == "cpu":
     os.environ["TRITON_INTERPRET"] = "1"
+    if importlib.util.find_spec("triton"):
+        from tests import interpreter_bf16
+
+        interpreter_bf16.install()
 # The tensors are tiny: on a busy machine threads waiting for each other cost ten times the work.
 torch.set_num_threads(1)
 

@@ -22,7 +22,8 @@ DIFFERENTIABLE = {"gather_patches": {"imgs"}, "patch_loss": {"pred"}, "feature_l
 # Their state is float32 or float64, see test_sixteen_bit_state_is_refused.
 IN_PLACE = {name for name, op in OPS.items() if op.overload._schema.is_mutable}
 FULL_GRADCHECK = 150  # inputs up to which every entry of the Jacobian is compared
-GUARD = 1234.5
+GUARD = 77  # a value of every dtype
+MARGIN = 4096  # elements around a guarded tensor: more than a tile
 
 EDGES = [(op, shape) for op in OPS.values() for shape in op.shapes if shape.startswith("edge")]
 CASES = [
@@ -39,27 +40,26 @@ TYPED_CASES = [
 DIFFERENTIABLE_CASES = [case for case in CASES if case.values[0].differentiable]
 
 
-def run(op: Op, backend: str, args: tuple) -> list[Tensor]:
-    """Results of a call on copies of ``args``: the tensors returned, or those changed in place."""
-    args = copy.deepcopy(args)
+def usable(op: Op, backend: str, args: tuple) -> None:
+    """Skip with the reason if the backend cannot serve the call."""
     device = next(leaf.device for leaf in tree_leaves(args) if isinstance(leaf, Tensor))
-    reason = op.unavailable(backend, device)
-    if reason is None and backend == "triton":
+    if op.unavailable(backend, device) is None and backend == "triton":
         pytest.importorskip("fastmim.kernels", reason="a checkout has no fastmim.kernels; install")
     with use_backend(backend):
         try:
             op.choose(device, args)
         except RuntimeError as refused:
             pytest.skip(str(refused))
+
+
+def run(op: Op, backend: str, args: tuple) -> list[Tensor]:
+    """Results of a call on copies of ``args``: the tensors returned, or those changed in place."""
+    usable(op, backend, args)
+    args = copy.deepcopy(args)
+    with use_backend(backend):
         out = op(*args)
     changed = [a for a, s in zip(args, op.overload._schema.arguments, strict=True) if s.is_write]
     return tree_leaves(changed if op.name in IN_PLACE else out)
-
-
-def usable(op: Op, backend: str, args: tuple) -> None:
-    """Skip with the reason if the backend cannot serve the call."""
-    with torch.no_grad():
-        run(op, backend, args)
 
 
 def make(op: Op, shape: str, device: str, dtype: torch.dtype) -> tuple:
@@ -147,6 +147,59 @@ def test_value_is_that_of_the_reference_in_double(op, backend, shape, dtype, dev
         assert_accurate(op, run(op, backend, given), given, dtype)
 
 
+MIXED = [
+    ("gather_patches", "imgs", torch.float16),
+    ("gather_patches", "imgs", torch.float64),
+    ("restore_tokens", "x", torch.bfloat16),
+    ("restore_tokens", "mask_token", torch.float64),
+    ("restore_tokens", "pos_embed", torch.float64),
+    ("patch_loss", "pred", torch.bfloat16),
+    ("patch_loss", "imgs", torch.float64),
+    ("patch_loss", "teacher_pred", torch.bfloat16),
+]
+
+
+@pytest.mark.parametrize(
+    ("op", "backend", "argument", "dtype"),
+    [
+        pytest.param(op, backend, argument, dtype, id=f"{name}-{backend}-{argument}-{dtype}")
+        for name, argument, dtype in MIXED
+        for op in [OPS[name]]
+        for backend in op.backends
+    ],
+)
+def test_arguments_of_different_dtypes_are_promoted(op, backend, argument, dtype, device):
+    names = [s.name for s in op.overload._schema.arguments]
+    args = list(make(op, "edge", device, torch.float32))
+    args[names.index(argument)] = args[names.index(argument)].to(dtype)
+    results = (
+        run(op, backend, tuple(args)),
+        run(op, "reference", tuple(args)),
+        run(op, "reference", in_double(tuple(args), torch.float32)),
+    )
+    for got, plain, formula in zip(*results, strict=True):
+        if got.dtype == torch.float64:  # then plain and formula are one, and no error is allowed
+            accuracy.golden(got, plain)
+        else:
+            accuracy.relative(got, plain, formula)
+
+
+@pytest.mark.parametrize(
+    ("name", "shape", "limits"),
+    [
+        ("restore_tokens_backward", "edge_h14", {"restore.MAX_PROGRAMS": 2}),
+        ("patch_loss", "edge", {"patch_loss.MAX_PROGRAMS": 3, "patch_loss.TILE": 16}),
+    ],
+)
+def test_few_triton_programs_walk_over_many_rows(name, shape, limits, device, monkeypatch):
+    op = OPS[name]
+    args = make(op, shape, device, torch.float32)
+    usable(op, "triton", args)
+    for limit, value in limits.items():
+        monkeypatch.setattr(f"fastmim.kernels.{limit}", value)
+    assert_accurate(op, run(op, "triton", args), args, torch.float32)
+
+
 @pytest.mark.parametrize(("op", "backend", "shape"), CASES)
 def test_repeats_to_the_bit(op, backend, shape, device):
     args = make(op, shape, device, torch.float32)
@@ -189,32 +242,67 @@ def test_any_layout_gives_the_contiguous_result(op, backend, shape, layout, devi
     assert_accurate(op, run(op, backend, laid_out), contiguous, torch.float32)
 
 
-@pytest.mark.parametrize(
-    ("op", "backend", "shape"), [c for c in CASES if c.values[0].name in IN_PLACE]
-)
-def test_nothing_beside_the_tensors_is_written(op, backend, shape, device):
+class Guarded:
+    """Tensors inside larger memory, filled with GUARD; what surrounds them must keep it."""
+
+    def __init__(self) -> None:
+        self.memories: list[Tensor] = []
+
+    def empty(self, *shape, **options) -> Tensor:
+        """In place of ``torch.empty``."""
+        size = torch.Size(shape[0] if shape and not isinstance(shape[0], int) else shape)
+        memory = torch.full((size.numel() + 2 * MARGIN,), GUARD, **options)
+        self.memories.append(memory)
+        return memory[MARGIN:-MARGIN].view(size)
+
+    def copy(self, leaf):
+        if not isinstance(leaf, Tensor):
+            return leaf
+        return self.empty(leaf.shape, dtype=leaf.dtype, device=leaf.device).copy_(leaf)
+
+    def check(self) -> None:
+        for memory in self.memories:
+            guard = memory.new_full((MARGIN,), GUARD)
+            accuracy.exact(memory[:MARGIN], guard)
+            accuracy.exact(memory[-MARGIN:], guard)
+
+
+@pytest.mark.parametrize(("op", "backend", "shape"), CASES)
+def test_nothing_beside_the_tensors_is_written(op, backend, shape, device, monkeypatch):
     args = make(op, shape, device, torch.float32)
     usable(op, backend, args)
-    guarded = []
+    guarded = Guarded()
+    given = tree_map(guarded.copy, args)
+    with use_backend(backend), monkeypatch.context() as patch:
+        patch.setattr(torch, "empty", guarded.empty)
+        out = op(*given)
+    guarded.check()
+    schema = op.overload._schema.arguments
+    changed = [a for a, s in zip(given, schema, strict=True) if s.is_write]
+    for got, right in zip(tree_leaves(changed or out), run(op, backend, args), strict=True):
+        accuracy.exact(got, right)
+    for a, before, s in zip(given, args, schema, strict=True):
+        if not s.is_write:
+            for got, right in zip(tree_leaves(a), tree_leaves(before), strict=True):
+                if isinstance(got, Tensor):
+                    accuracy.exact(got, right)
 
-    def guard(leaf):
-        if not isinstance(leaf, Tensor) or not leaf.is_floating_point() or leaf.ndim == 0:
-            return leaf
-        memory = torch.cat([leaf.new_full((8,), GUARD), leaf, leaf.new_full((8,), GUARD)])
-        guarded.append(memory)
-        return memory[8:-8]
 
-    with use_backend(backend):
-        op(*tree_map(guard, args))
-    for memory in guarded:
-        assert (memory[:8] == GUARD).all()
-        assert (memory[-8:] == GUARD).all()
+@pytest.mark.parametrize("place", [-1, 6])
+def test_a_write_beside_a_tensor_is_found(place):
+    guarded = Guarded()
+    tensor = guarded.copy(torch.zeros(2, 3))
+    tensor.as_strided((), (), tensor.storage_offset() + place).fill_(0)
+    with pytest.raises(AssertionError):
+        guarded.check()
 
 
 @pytest.mark.parametrize(("op", "backend", "shape"), DIFFERENTIABLE_CASES)
 def test_gradient_is_that_of_finite_differences(op, backend, shape, device):
     args = make(op, shape, device, torch.float64)
     usable(op, backend, args)
+    if not inputs(op, args):
+        pytest.skip("bytes have no gradient")
     for given in variants(op, args):
         for t in inputs(op, given):
             t.requires_grad_()
@@ -344,8 +432,8 @@ def test_adamw_ema_is_torch_adamw_then_ema(backend, device):
     ("name", "backend", "reason"),
     [
         ("patch_loss", "cuda", "patch_loss has no cuda implementation"),
-        ("sample_masks", "triton", "sample_masks has no triton implementation"),
-        ("gather_tokens", "cuda", r"gather_tokens has no cuda implementation \(it has"),
+        ("ema_update_", "triton", "ema_update_ has no triton implementation"),
+        ("sample_masks", "cuda", r"sample_masks has no cuda implementation \(it has"),
         ("ema_update_", "cuda", "tensors are on cpu; it needs cuda tensors"),
     ],
 )

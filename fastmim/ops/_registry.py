@@ -251,6 +251,12 @@ def on_cpu(x: Tensor) -> bool:
     return x.device.type == "cpu"
 
 
+def autocast_dtype(x: Tensor) -> torch.dtype | None:
+    """What autocast computes with on the device of ``x``; None if it is off."""
+    kind = x.device.type
+    return torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else None
+
+
 def _device(args: tuple) -> torch.device:
     """Device of the first tensor; an empty list has none, so the next argument is looked at."""
     for arg in args:

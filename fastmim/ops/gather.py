@@ -101,8 +101,11 @@ SHAPES = {
     "edge_empty": dict(b=0, n=4, k=2, d=8),
     "edge_keep_none": dict(b=2, n=4, k=0, d=8),
     "edge_h14": dict(b=1, n=257, k=65, d=3),
+    "edge_wide": dict(b=1, n=50, k=2, d=300),
+    "edge_many_ids": dict(b=1, n=300, k=280, d=2),
     "vit_b": dict(b=256, n=196, k=49, d=768),
     "vit_l": dict(b=256, n=196, k=49, d=1024),
+    "vit_h14": dict(b=256, n=256, k=64, d=1280),
 }
 
 _gather = Op(

@@ -7,7 +7,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from fastmim.ops import reference
-from fastmim.ops._registry import Implementation, Op, on_cpu
+from fastmim.ops._registry import Implementation, Op, autocast_dtype, on_cpu
 
 
 def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
@@ -26,7 +26,7 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     Returns:
         (..., E), in the dtype of ``x``, or autocast's if it is on.
     """
-    if not on_cpu(x) or torch.is_autocast_enabled("cpu"):
+    if not on_cpu(x) or autocast_dtype(x) is not None:
         return F.linear(x, weight, bias)
     return _linear(x, weight, bias)
 

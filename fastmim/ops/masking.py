@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from fastmim.ops import reference
-from fastmim.ops._registry import Native, Op
+from fastmim.ops._registry import Implementation, Native, Op
 
 
 class Masks(NamedTuple):
@@ -157,14 +157,25 @@ def _fake_sample(sample_ids, seed, epoch, num_patches):
     return ids, torch.empty_like(ids)
 
 
+def _refuse_large(sample_ids, seed, epoch, num_patches) -> str | None:
+    if num_patches > 1024:
+        return f"its kernel compares all pairs of at most 1024 patches, not {num_patches}"
+    return None
+
+
 _sample = Op(
     "sample_masks(Tensor sample_ids, int seed, int epoch, SymInt num_patches) -> (Tensor, Tensor)",
     fake=_fake_sample,
-    implementations={"reference": reference.sample_masks, "cpp": Native("sample_masks")},
+    implementations={
+        "reference": reference.sample_masks,
+        "triton": Implementation("fastmim.kernels.masking:sample_masks", accepts=_refuse_large),
+        "cpp": Native("sample_masks"),
+    },
     shapes={
         "edge": dict(b=3, n=7),
         "edge_two_patches": dict(b=2, n=2),
         "edge_empty": dict(b=0, n=16),
+        "edge_l": dict(b=2, n=50),
         "edge_h14": dict(b=2, n=257),
         "vit_b": dict(b=256, n=196),
         "vit_h14": dict(b=256, n=256),

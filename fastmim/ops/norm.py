@@ -7,7 +7,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from fastmim.ops import reference
-from fastmim.ops._registry import Implementation, Native, Op
+from fastmim.ops._registry import Implementation, Native, Op, autocast_dtype
 
 # What the C++ kernels compute with; float64 is left to the reference.
 NATIVE_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
@@ -56,7 +56,7 @@ def norm(
         ValueError: If the sizes do not fit.
     """
     _check("norm", x, weight, bias, branch)
-    out, total, _, _ = _norm(x, branch, weight, bias, eps, dtype or _compute_dtype(x))
+    out, total, _, _ = _norm(x, branch, weight, bias, eps, dtype or autocast_dtype(x) or x.dtype)
     return Normalized(out, x if branch is None else total)
 
 
@@ -97,7 +97,7 @@ def norm_linear(
             f"norm_linear: expected weight (E, {x.shape[-1]}) for x {tuple(x.shape)}, "
             f"got {tuple(weight.shape)}"
         )
-    dtype = _compute_dtype(x)
+    dtype = autocast_dtype(x) or x.dtype
     out, total, _, _ = _norm_linear(
         x,
         branch,
@@ -108,11 +108,6 @@ def norm_linear(
         None if bias is None else bias.to(dtype),
     )
     return Normalized(out, x if branch is None else total)
-
-
-def _compute_dtype(x: Tensor) -> torch.dtype:
-    kind = x.device.type
-    return torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else x.dtype
 
 
 def _check(function: str, x: Tensor, weight: Tensor, bias: Tensor, branch: Tensor | None) -> None:

@@ -8,7 +8,7 @@ from torch import Tensor
 from fastmim.ops import reference
 from fastmim.ops._registry import Implementation, Native, Op
 from fastmim.ops.gather import random_ids
-from fastmim.ops.patches import FLOATS, check_ids, check_images, check_pixels
+from fastmim.ops.patches import FLOATS, check_ids, check_images, check_pixels, random_images
 
 
 class PatchLoss(NamedTuple):
@@ -102,11 +102,11 @@ def _patch_loss_backward(ctx, grad, *_):
     return (grad_pred, *(None,) * 8)
 
 
-def _make(b, m, c, h, w, p, teacher, norm_pix, device, dtype):
+def _make(b, m, c, h, w, p, teacher, norm_pix, uint8, device, dtype):
     size = c * p * p
     return (
         torch.randn(b, m, size, device=device, dtype=dtype),
-        torch.randn(b, c, h * p, w * p, device=device, dtype=dtype),
+        random_images((b, c, h * p, w * p), uint8, device, dtype),
         random_ids(b, h * w, m, device),
         p,
         norm_pix,
@@ -117,8 +117,18 @@ def _make(b, m, c, h, w, p, teacher, norm_pix, device, dtype):
     )
 
 
-def _shape(b, m, c, h, w, p, teacher=True, norm_pix=True):
-    return dict(b=b, m=m, c=c, h=h, w=w, p=p, teacher=teacher, norm_pix=norm_pix)
+def _shape(b, m, c, h, w, p, teacher=True, norm_pix=True, uint8=False):
+    return dict(b=b, m=m, c=c, h=h, w=w, p=p, teacher=teacher, norm_pix=norm_pix, uint8=uint8)
+
+
+def _refuse_large(pred, imgs, ids, patch_size, *rest) -> str | None:
+    if pred.shape[2] > 8192:
+        return f"its kernel holds a patch of at most 8192 values in registers, not {pred.shape[2]}"
+    channel, row, column = imgs.stride()[1:]
+    span = (imgs.shape[1] - 1) * channel + (patch_size - 1) * (row + column)
+    if max(span, ids.numel()) >= 2**31:
+        return "its kernel counts rows, and offsets within a patch, in 32 bits"
+    return None
 
 
 _patch_loss = Op(
@@ -128,6 +138,7 @@ _patch_loss = Op(
     fake=_fake_patch_loss,
     implementations={
         "reference": reference.patch_loss,
+        "triton": Implementation("fastmim.kernels.patch_loss:patch_loss", accepts=_refuse_large),
         "cpp": Implementation(Native("patch_loss"), accepts=_native_patch_loss_accepts),
     },
     shapes={
@@ -135,9 +146,15 @@ _patch_loss = Op(
         "edge_no_teacher": _shape(2, 5, 3, 3, 4, 2, teacher=False),
         "edge_pixels": _shape(1, 3, 1, 2, 2, 3, teacher=False, norm_pix=False),
         "edge_pixels_teacher": _shape(1, 3, 5, 2, 2, 2, norm_pix=False),
+        "edge_bytes": _shape(2, 2, 3, 2, 2, 4, uint8=True),
+        "edge_h14": _shape(1, 2, 3, 2, 2, 14, uint8=True),
+        "edge_long_row": _shape(1, 1, 3, 1, 2, 32, teacher=False),
         "edge_empty": _shape(0, 2, 3, 2, 2, 2),
         "vit_b": _shape(256, 147, 3, 14, 14, 16),
         "vit_b_no_teacher": _shape(256, 147, 3, 14, 14, 16, teacher=False),
+        "vit_b_uint8": _shape(256, 147, 3, 14, 14, 16, uint8=True),
+        "vit_h14_uint8": _shape(256, 192, 3, 16, 16, 14, teacher=False, uint8=True),
+        "patch_32": _shape(256, 37, 3, 7, 7, 32),
     },
     make=_make,
     setup_context=_save_for_patch_loss,

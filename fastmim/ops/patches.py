@@ -88,6 +88,13 @@ def gather_patches(
     return _gather_patches(imgs, ids, patch_size, scale, shift, dtype)
 
 
+def random_images(shape: tuple[int, ...], uint8: bool, device, dtype: torch.dtype) -> Tensor:
+    """Images of ``dtype``, or of bytes, for the ``make`` of operators."""
+    if uint8:
+        return torch.randint(0, 256, shape, device=device, dtype=torch.uint8)
+    return torch.randn(shape, device=device, dtype=dtype)
+
+
 def patchify(imgs: Tensor, patch_size: int) -> Tensor:
     """(B, C, H, W) to (B, N, p * p * C), patches row-major, channel fastest within a patch.
 
@@ -171,19 +178,25 @@ _gather_patches = Op(
     fake=_fake_gather_patches,
     implementations={
         "reference": reference.gather_patches,
+        "triton": "fastmim.kernels.patches:gather_patches",
         "cpp": Implementation(Native("gather_patches"), accepts=_native_gather_patches_accepts),
     },
     shapes={
         "edge": dict(b=2, c=3, h=3, w=4, p=2, k=5),
         "edge_one_channel": dict(b=1, c=1, h=2, w=2, p=3, k=2),
         "edge_five_channels": dict(b=2, c=5, h=1, w=3, p=4, k=1),
+        "edge_bytes": dict(b=2, c=3, h=2, w=3, p=4, k=3, uint8=True),
+        "edge_h14": dict(b=1, c=3, h=2, w=2, p=14, k=2, uint8=True),
+        "edge_many_rows": dict(b=1, c=9, h=1, w=2, p=16, k=2),
         "edge_empty": dict(b=0, c=3, h=2, w=2, p=2, k=2),
         "edge_keep_none": dict(b=2, c=3, h=2, w=2, p=2, k=0),
         "digits": dict(b=256, c=1, h=8, w=8, p=4, k=16),
         "vit_b": dict(b=256, c=3, h=14, w=14, p=16, k=49),
+        "vit_b_uint8": dict(b=256, c=3, h=14, w=14, p=16, k=49, uint8=True),
+        "vit_h14_uint8": dict(b=256, c=3, h=16, w=16, p=14, k=64, uint8=True),
     },
-    make=lambda b, c, h, w, p, k, device, dtype: (
-        torch.randn(b, c, h * p, w * p, device=device, dtype=dtype),
+    make=lambda b, c, h, w, p, k, device, dtype, uint8=False: (
+        random_images((b, c, h * p, w * p), uint8, device, dtype),
         random_ids(b, h * w, k, device),
         p,
         torch.rand(c, device=device, dtype=torch.float64) + 0.5,

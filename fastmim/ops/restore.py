@@ -103,7 +103,10 @@ SHAPES = {
     "edge_one_visible": dict(b=1, n=2, k=1, d=1),
     "edge_empty": dict(b=0, n=4, k=2, d=8),
     "edge_h14": dict(b=1, n=256, k=64, d=3),
+    "edge_wide": dict(b=1, n=3, k=1, d=300),
+    "edge_many_images": dict(b=18, n=4, k=2, d=3),
     "vit_b": dict(b=256, n=196, k=49, d=512),
+    "vit_h14": dict(b=256, n=256, k=64, d=512),
 }
 
 _restore = Op(
@@ -114,6 +117,7 @@ _restore = Op(
         "reference": lambda x, mask_token, _, ids_restore, pos_embed: reference.restore_tokens(
             x, mask_token, ids_restore, pos_embed
         ),
+        "triton": "fastmim.kernels.restore:restore_tokens",
         "cpp": Implementation(Native("restore_tokens"), accepts=_native_restore_accepts),
     },
     shapes=SHAPES,
@@ -127,6 +131,7 @@ _backward = Op(
     fake=_fake_restore_backward,
     implementations={
         "reference": reference.restore_tokens_backward,
+        "triton": "fastmim.kernels.restore:restore_tokens_backward",
         "cpp": Implementation(
             Native("restore_tokens_backward"), accepts=_native_restore_backward_accepts
         ),
