@@ -8,11 +8,7 @@
 #include <cmath>
 #include <cstdint>
 
-#ifdef __CUDACC__
-#define FASTMIM_INLINE __host__ __device__ __forceinline__
-#else
-#define FASTMIM_INLINE inline __attribute__((always_inline))
-#endif
+#include "inline.h"
 
 namespace fastmim {
 
@@ -40,11 +36,12 @@ FASTMIM_INLINE double power(double base, int64_t exponent) {
 
 // `step` counts from 1: the value after the increment.
 FASTMIM_INLINE AdamWScalars adamw_scalars(double lr, double momentum, double grad_scale,
-                                          double beta1, double beta2, double eps, int64_t step) {
+                                          double clip, double beta1, double beta2, double eps,
+                                          int64_t step) {
   const double correction1 = 1.0 - power(beta1, step);
   const double correction2 = 1.0 - power(beta2, step);
   return {
-      static_cast<float>(grad_scale),
+      static_cast<float>(grad_scale * clip),
       static_cast<float>(1.0 - beta1),
       static_cast<float>(beta2),
       static_cast<float>(1.0 - beta2),

@@ -1,10 +1,10 @@
 // ema_update_ and adamw_ema_ on the CPU: one pass over memory, one parallel region for all tensors.
 //
-// Bound by memory: 12 bytes an element (EMA), 28 (AdamW), 36 (both). The result does not depend on
-// the number of threads or on the instruction set: every element is one chain of IEEE operations
-// (see adamw.h).
+// Bound by memory: 12 bytes an element (EMA), 28 (AdamW), 36 (both); in split storage the same with
+// two bytes less for bf16 gradients. The result does not depend on the number of threads, on the
+// instruction set or on the storage: every element is one chain of IEEE operations (see adamw.h).
 #include "adamw.h"
-#include "checks.h"
+#include "optim_arguments.h"
 #include "simd.h"
 
 namespace {
@@ -13,64 +13,129 @@ using namespace fastmim;
 
 // Elements a thread takes at a time, a multiple of the vector width, so that chunks stay aligned.
 constexpr int64_t CHUNK = 1 << 14;
+// Elements converted to float32 at a time: three buffers of them stay in the first-level cache.
+constexpr int64_t BLOCK = 1 << 10;
 
 struct AdamWChunk {
-  float* param;
-  const float* grad;
+  Weights param;
+  Weights teacher;  // all null: no EMA
+  Gradients grad;
   float* exp_avg;
   float* exp_avg_sq;
-  float* teacher;  // nullptr: no EMA
   int64_t size;
   float decay;
 };
 
 struct EmaChunk {
-  float* teacher;
-  const float* student;
+  Weights teacher;
+  Weights student;
   int64_t size;
 };
 
+bool exists(const Weights& weights) { return weights.fp32 != nullptr || weights.bf16 != nullptr; }
+
+// The master weights of a block: where they lie if that is float32, otherwise in `buffer`.
+FASTMIM_INLINE float* load(const Weights& weights, int64_t size, float* buffer) {
+  if (weights.fp32 != nullptr) return weights.fp32;
+  const uint16_t* __restrict__ high = weights.bf16;
+  const uint16_t* __restrict__ remainder = weights.remainder;
+  for (int64_t i = 0; i < size; ++i) buffer[i] = join(high[i], remainder[i]);
+  return buffer;
+}
+
+FASTMIM_INLINE const float* load(const Gradients& grad, int64_t size, float* buffer) {
+  if (grad.format == Format::FLOAT32) return grad.fp32();
+  const uint16_t* half = grad.half();
+  if (grad.format == Format::BFLOAT16)
+    for (int64_t i = 0; i < size; ++i) buffer[i] = widen_bfloat16(half[i]);
+  else
+    for (int64_t i = 0; i < size; ++i) buffer[i] = widen_float16(half[i]);
+  return buffer;
+}
+
+// Writes what is not the float32 master itself.
+FASTMIM_INLINE void store(const Weights& weights, int64_t size, const float* master) {
+  uint16_t* __restrict__ bf16 = weights.bf16;
+  uint16_t* __restrict__ remainder = weights.remainder;
+  if (remainder != nullptr)
+    for (int64_t i = 0; i < size; ++i) {
+      const Halves halves = split(master[i]);
+      bf16[i] = halves.high;
+      remainder[i] = halves.remainder;
+    }
+  else if (bf16 != nullptr)
+    for (int64_t i = 0; i < size; ++i) bf16[i] = round_to_bfloat16(master[i]);
+}
+
 template <bool EMA>
-FASTMIM_INLINE void adamw_loop(const AdamWChunk& chunk, const AdamWScalars& scalars) {
-  float* __restrict__ param = chunk.param;
-  const float* __restrict__ grad = chunk.grad;
-  float* __restrict__ exp_avg = chunk.exp_avg;
-  float* __restrict__ exp_avg_sq = chunk.exp_avg_sq;
-  float* __restrict__ teacher = chunk.teacher;
+FASTMIM_INLINE void adamw_loop(float* __restrict__ param, const float* __restrict__ grad,
+                               float* __restrict__ exp_avg, float* __restrict__ exp_avg_sq,
+                               float* __restrict__ teacher, int64_t size, float decay,
+                               const AdamWScalars& scalars) {
   const AdamWScalars c = scalars;
-  const float decay = chunk.decay;
-  for (int64_t i = 0; i < chunk.size; ++i) {
+  for (int64_t i = 0; i < size; ++i) {
     adamw(param[i], grad[i], exp_avg[i], exp_avg_sq[i], decay, c);
     if constexpr (EMA) ema(teacher[i], param[i], c.one_minus_momentum);
   }
 }
 
-FASTMIM_INLINE void ema_loop(const EmaChunk& chunk, float one_minus_momentum) {
-  float* __restrict__ teacher = chunk.teacher;
-  const float* __restrict__ student = chunk.student;
-  for (int64_t i = 0; i < chunk.size; ++i) ema(teacher[i], student[i], one_minus_momentum);
+FASTMIM_INLINE void ema_loop(float* __restrict__ teacher, const float* __restrict__ student,
+                             int64_t size, float one_minus_momentum) {
+  for (int64_t i = 0; i < size; ++i) ema(teacher[i], student[i], one_minus_momentum);
+}
+
+FASTMIM_INLINE void adamw_chunk(const AdamWChunk& chunk, const AdamWScalars& c) {
+  alignas(64) float params[BLOCK], grads[BLOCK], teachers[BLOCK];
+  const bool plain = chunk.param.remainder == nullptr && chunk.param.bf16 == nullptr &&
+                     chunk.teacher.bf16 == nullptr && chunk.grad.format == Format::FLOAT32;
+  const int64_t block = plain ? chunk.size : BLOCK;
+  for (int64_t begin = 0; begin < chunk.size; begin += block) {
+    const int64_t size = std::min(block, chunk.size - begin);
+    const Weights param = chunk.param.from(begin), teacher = chunk.teacher.from(begin);
+    float* const p = load(param, size, params);
+    const float* const g = load(chunk.grad.from(begin), size, grads);
+    float* const m = chunk.exp_avg + begin;
+    float* const v = chunk.exp_avg_sq + begin;
+    if (exists(teacher)) {
+      float* const t = load(teacher, size, teachers);
+      adamw_loop<true>(p, g, m, v, t, size, chunk.decay, c);
+      store(teacher, size, t);
+    } else {
+      adamw_loop<false>(p, g, m, v, nullptr, size, chunk.decay, c);
+    }
+    store(param, size, p);
+  }
+}
+
+FASTMIM_INLINE void ema_chunk(const EmaChunk& chunk, float one_minus_momentum) {
+  alignas(64) float teachers[BLOCK], students[BLOCK];
+  const bool plain = chunk.teacher.bf16 == nullptr && chunk.student.bf16 == nullptr;
+  const int64_t block = plain ? chunk.size : BLOCK;
+  for (int64_t begin = 0; begin < chunk.size; begin += block) {
+    const int64_t size = std::min(block, chunk.size - begin);
+    const Weights teacher = chunk.teacher.from(begin);
+    float* const t = load(teacher, size, teachers);
+    ema_loop(t, load(chunk.student.from(begin), size, students), size, one_minus_momentum);
+    store(teacher, size, t);
+  }
 }
 
 struct Variant {
   void (*adamw)(const AdamWChunk&, const AdamWScalars&);
-  void (*adamw_ema)(const AdamWChunk&, const AdamWScalars&);
   void (*ema)(const EmaChunk&, float);
 };
 
-#define FASTMIM_VARIANT(name, attributes)                                                      \
-  attributes void name##_adamw(const AdamWChunk& chunk, const AdamWScalars& c) {               \
-    adamw_loop<false>(chunk, c);                                                               \
-  }                                                                                            \
-  attributes void name##_adamw_ema(const AdamWChunk& chunk, const AdamWScalars& c) {           \
-    adamw_loop<true>(chunk, c);                                                                \
-  }                                                                                            \
-  attributes void name##_ema(const EmaChunk& chunk, float weight) { ema_loop(chunk, weight); } \
-  constexpr Variant name{name##_adamw, name##_adamw_ema, name##_ema};
+#define FASTMIM_VARIANT(name, attributes)                                                       \
+  attributes void name##_adamw(const AdamWChunk& chunk, const AdamWScalars& c) {                \
+    adamw_chunk(chunk, c);                                                                      \
+  }                                                                                             \
+  attributes void name##_ema(const EmaChunk& chunk, float weight) { ema_chunk(chunk, weight); } \
+  constexpr Variant name{name##_adamw, name##_ema};
 
 FASTMIM_VARIANT(baseline, )
 #if defined(__x86_64__)
 FASTMIM_VARIANT(avx2, __attribute__((target("avx2"))))
-FASTMIM_VARIANT(avx512, __attribute__((target("avx512f,prefer-vector-width=512"))))
+FASTMIM_VARIANT(avx512, __attribute__((target("avx512f,avx512bw,prefer-vector-width=512"))))
 constexpr Variant VARIANTS[] = {baseline, avx2, avx512};
 #else
 constexpr Variant VARIANTS[] = {baseline};
@@ -104,64 +169,48 @@ T value(const Tensor& x) {
   return *static_cast<const T*>(x.const_data_ptr());
 }
 
-void ema_update_cpu(Tensors teachers, Tensors students, Tensor momentum) {
-  check_ema_update(teachers, students, momentum, "cpu");
+void ema_update_cpu(const EmaArguments& given) {
+  if (value<bool>(given.skip)) return;
   std::vector<EmaChunk> chunks;
-  for (size_t i = 0; i < teachers.size(); ++i) {
-    float* const teacher = data(teachers[i]);
-    const float* const student = static_cast<const float*>(students[i].const_data_ptr());
-    for_each_chunk(teachers[i].numel(), [&](int64_t offset, int64_t size) {
-      chunks.push_back({teacher + offset, student + offset, size});
+  for (size_t i = 0; i < given.teachers.tensors.size(); ++i) {
+    const Weights teacher = given.teachers.at(i), student = given.students.at(i);
+    for_each_chunk(given.teachers.tensors[i].numel(), [&](int64_t offset, int64_t size) {
+      chunks.push_back({teacher.from(offset), student.from(offset), size});
     });
   }
-  const auto one_minus_momentum = static_cast<float>(1.0 - value<double>(momentum));
+  const auto one_minus_momentum = static_cast<float>(1.0 - value<double>(given.momentum));
   run(chunks, [&](const EmaChunk& chunk) { variant().ema(chunk, one_minus_momentum); });
 }
 
-void adamw_ema_cpu(Tensors params, Tensors grads, Tensors exp_avgs, Tensors exp_avg_sqs,
-                   Tensors teachers, Tensor step, Tensor lr, Tensor momentum, Tensor grad_scale,
-                   Tensor skip, Tensor weight_decay, double beta1, double beta2, double eps) {
-  check_adamw_ema(params, grads, exp_avgs, exp_avg_sqs, teachers, step, lr, momentum, grad_scale,
-                  skip, weight_decay, "cpu");
-  if (params.empty() || value<bool>(skip)) return;
-
+void adamw_ema_cpu(const AdamWArguments& given) {
+  if (!given.params.exist() || value<bool>(given.skip)) return;
+  const auto lr = value<double>(given.lr);
+  const auto* const weight_decay = static_cast<const double*>(given.weight_decay.const_data_ptr());
   std::vector<AdamWChunk> chunks;
-  for (size_t i = 0; i < params.size(); ++i) {
-    const float decay = weight_decay_factor(
-        value<double>(lr), static_cast<const double*>(weight_decay.const_data_ptr())[i]);
-    const AdamWChunk all{data(params[i]),
-                         static_cast<const float*>(grads[i].const_data_ptr()),
-                         data(exp_avgs[i]),
-                         data(exp_avg_sqs[i]),
-                         teachers.empty() ? nullptr : data(teachers[i]),
-                         params[i].numel(),
-                         decay};
+  for (size_t i = 0; i < given.params.tensors.size(); ++i) {
+    const AdamWChunk all{given.params.at(i),
+                         given.teachers.at(i),
+                         gradients(given.grads[i]),
+                         data(given.exp_avgs[i]),
+                         data(given.exp_avg_sqs[i]),
+                         given.params.tensors[i].numel(),
+                         weight_decay_factor(lr, weight_decay[i])};
     for_each_chunk(all.size, [&](int64_t offset, int64_t size) {
-      chunks.push_back({all.param + offset, all.grad + offset, all.exp_avg + offset,
-                        all.exp_avg_sq + offset, all.teacher ? all.teacher + offset : nullptr, size,
-                        decay});
+      chunks.push_back({all.param.from(offset), all.teacher.from(offset), all.grad.from(offset),
+                        all.exp_avg + offset, all.exp_avg_sq + offset, size, all.decay});
     });
   }
-  const int64_t now = ++*static_cast<int64_t*>(step.mutable_data_ptr());
-  const AdamWScalars scalars = adamw_scalars(value<double>(lr), value<double>(momentum),
-                                             value<double>(grad_scale), beta1, beta2, eps, now);
-  const auto kernel = teachers.empty() ? variant().adamw : variant().adamw_ema;
-  run(chunks, [&](const AdamWChunk& chunk) { kernel(chunk, scalars); });
+  const int64_t now = ++*static_cast<int64_t*>(given.step.mutable_data_ptr());
+  const AdamWScalars scalars = adamw_scalars(lr, value<double>(given.momentum),
+                                             value<double>(given.grad_scale),
+                                             value<double>(given.clip), given.beta1, given.beta2,
+                                             given.eps, now);
+  run(chunks, [&](const AdamWChunk& chunk) { variant().adamw(chunk, scalars); });
 }
 
 }  // namespace
 
-// Internal: the public schemas torch.ops.fastmim.* are declared in fastmim/ops, which calls these.
-STABLE_TORCH_LIBRARY(fastmim_native, m) {
-  m.def("ema_update_(Tensor(a!)[] teachers, Tensor[] students, Tensor momentum) -> ()");
-  m.def(
-      "adamw_ema_(Tensor(a!)[] params, Tensor[] grads, Tensor(b!)[] exp_avgs, "
-      "Tensor(c!)[] exp_avg_sqs, Tensor(d!)[] teachers, Tensor(e!) step, Tensor lr, "
-      "Tensor momentum, Tensor grad_scale, Tensor skip, Tensor weight_decay, "
-      "float beta1, float beta2, float eps) -> ()");
-}
-
 STABLE_TORCH_LIBRARY_IMPL(fastmim_native, CPU, m) {
-  m.impl("ema_update_", TORCH_BOX(&ema_update_cpu));
-  m.impl("adamw_ema_", TORCH_BOX(&adamw_ema_cpu));
+  m.impl("ema_update_", TORCH_BOX(&ema_update<&ema_update_cpu>));
+  m.impl("adamw_ema_", TORCH_BOX(&adamw_ema<&adamw_ema_cpu>));
 }
