@@ -15,4 +15,6 @@ STABLE_TORCH_LIBRARY(fastmim_native, m) {
       "Tensor(f!)[] teacher_remainders, Tensor(g!)[] param_copies, Tensor(h!)[] teacher_copies, "
       "Tensor(i!) step, Tensor lr, Tensor momentum, Tensor grad_scale, Tensor clip, Tensor skip, "
       "Tensor weight_decay, float beta1, float beta2, float eps) -> ()");
+  m.def("gather_tokens(Tensor x, Tensor ids) -> Tensor");
+  m.def("scatter_tokens(Tensor x, Tensor ids, int num_tokens) -> Tensor");
 }

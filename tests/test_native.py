@@ -433,12 +433,32 @@ def test_updates_do_not_wait_for_the_gpu():
         torch.cuda.set_sync_debug_mode("default")
 
 
+@needs_cuda
+@pytest.mark.parametrize("dtype", [torch.uint8, torch.bfloat16, torch.float32, torch.complex128])
+@pytest.mark.parametrize("dim", [1, 3, 8, 768])
+def test_token_copies_are_those_of_pytorch(dtype, dim):
+    x = torch.randint(0, 99, (2, 7, dim), device="cuda").to(dtype)
+    ids = torch.stack([torch.randperm(7)[:3] for _ in range(2)]).cuda()
+    where = ids[..., None].expand(-1, -1, dim)
+    for tokens in (x, x.mT.contiguous().mT):
+        assert torch.equal(ops.gather_tokens(tokens, ids), x.gather(1, where))
+    kept = x[:, :3]
+    expected = torch.zeros_like(x).scatter(1, where, kept)
+    assert torch.equal(ops.scatter_tokens(kept, ids, 7), expected)
+
+
 @pytest.mark.parametrize("name", ["ema_update_", "adamw_ema_"])
 def test_kernels_are_registered_for_the_devices_they_were_built_for(name):
     registered = torch._C._dispatch_has_kernel_for_dispatch_key
     assert registered(f"fastmim_native::{name}", "CPU")
     built_with_cuda = native.build_info()["cuda"] is not None
     assert registered(f"fastmim_native::{name}", "CUDA") == built_with_cuda
+
+
+@pytest.mark.parametrize("name", ["gather_tokens", "scatter_tokens"])
+def test_token_copies_are_registered_for_cuda_if_built(name):
+    registered = torch._C._dispatch_has_kernel_for_dispatch_key(f"fastmim_native::{name}", "CUDA")
+    assert registered == (native.build_info()["cuda"] is not None)
 
 
 def replace(name, value):

@@ -4,7 +4,7 @@ import torch
 from torch import Tensor
 
 from fastmim.ops import reference
-from fastmim.ops._registry import Implementation, Op
+from fastmim.ops._registry import Implementation, Native, Op
 
 
 def gather_tokens(x: Tensor, ids: Tensor) -> Tensor:
@@ -111,6 +111,7 @@ _gather = Op(
     implementations={
         "reference": reference.gather_tokens,
         "triton": Implementation("fastmim.kernels.gather:gather_tokens", accepts=_refuse_complex),
+        "cuda": Native("gather_tokens"),
     },
     shapes=SHAPES,
     make=lambda b, n, k, d, device, dtype: (
@@ -127,6 +128,7 @@ _scatter = Op(
     implementations={
         "reference": reference.scatter_tokens,
         "triton": Implementation("fastmim.kernels.gather:scatter_tokens", accepts=_refuse_complex),
+        "cuda": Native("scatter_tokens"),
     },
     shapes=SHAPES,
     make=lambda b, n, k, d, device, dtype: (
