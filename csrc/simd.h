@@ -17,7 +17,8 @@ constexpr const char* SIMD_VARIANTS[] = {"default"};
 // under it.
 inline int simd_variant() {
 #if defined(__x86_64__)
-  int variant = __builtin_cpu_supports("avx512f") ? 2 : __builtin_cpu_supports("avx2") ? 1 : 0;
+  const bool avx512 = __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw");
+  int variant = avx512 ? 2 : __builtin_cpu_supports("avx2") ? 1 : 0;
   if (const char* wanted = std::getenv("ATEN_CPU_CAPABILITY"))
     for (int lower = 0; lower < variant; ++lower)
       if (std::strcmp(wanted, SIMD_VARIANTS[lower]) == 0) variant = lower;
