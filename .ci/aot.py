@@ -38,7 +38,7 @@ class Case(NamedTuple):
 
     kernel: str
     types: dict[str, str]
-    constants: dict[str, int]
+    constants: dict[str, int | float]
     aligned: tuple[str, ...]
 
 
@@ -60,13 +60,110 @@ CASES = [
 ]
 
 
+PARAMETERS = ("weight_ptr", "bias_ptr", "mean_ptr", "rstd_ptr", "partials_ptr")
+
+
+def _tile(kernel: str, dtype: str, width: int, tensors: str, constants: dict, **sizes: str) -> Case:
+    """A kernel over tiles of 4096 values; ``tensors`` hold ``dtype``, the parameters float32."""
+    tile = constants.pop("tile", 4096)
+    names = tensors.split()
+    pointers = {n: "*fp32" if n in PARAMETERS else f"*{dtype}" for n in names}
+    block_d = min(triton.next_power_of_2(width), constants.pop("widest", 1 << 30))
+    blocks = {"BLOCK_ROWS": tile // block_d, "BLOCK_D": block_d}
+    if "BLOCK_M" in constants:
+        del blocks["BLOCK_ROWS"]
+    types = {**pointers, "rows": "i32", "D": "i32", **sizes}
+    aligned = (*pointers, *(n for n in types if n == "D" or n == "ids_ptr"))
+    return Case(kernel, types, {**blocks, **constants}, aligned)
+
+
+def _norm(dtype: str, width: int) -> list[Case]:
+    forward = "x_ptr branch_ptr weight_ptr bias_ptr out_ptr total_ptr mean_ptr rstd_ptr"
+    backward = (
+        "grad_ptr grad_total_ptr total_ptr mean_ptr rstd_ptr weight_ptr grad_x_ptr partials_ptr"
+    )
+    return [
+        _tile("norm:_norm_kernel", dtype, width, forward, {"EPS": 1e-6}),
+        _tile("norm:_norm_bwd_kernel", dtype, width, backward, {"tile": 2048}),
+    ]
+
+
+def _mlp(dtype: str, width: int) -> list[Case]:
+    backward = "grad_ptr x_ptr bias_ptr grad_x_ptr partials_ptr"
+    return [
+        _tile("mlp:_bias_gelu_kernel", dtype, width, "x_ptr bias_ptr out_ptr", {"widest": 1024}),
+        _tile("mlp:_bias_gelu_bwd_kernel", dtype, width, backward, {"widest": 1024}),
+    ]
+
+
+def _sums(width: int) -> Case:
+    block_d = min(triton.next_power_of_2(width), 64)
+    pointers = dict.fromkeys(("partials_ptr", "first_ptr", "second_ptr"), "*fp32")
+    return Case(
+        "reduce:_sum_partials_kernel",
+        {**pointers, "P": "i32", "D": "i32"},
+        {"BLOCK_P": 4096 // block_d, "BLOCK_D": block_d},
+        (*pointers, *(["D"] if width % 16 == 0 else [])),
+    )
+
+
+def _feature_loss(dtype: str, width: int) -> list[Case]:
+    sizes = {"ids_ptr": "*i64", "M": "i32", "N": "i32"}
+    affine = "weight_ptr bias_ptr"
+    tensors = f"pred_ptr target_ptr {affine} grad_ptr"
+    sizes["partials_ptr"] = "*fp64"
+    loss = {"BETA": 2.0, "NORMALIZE": 1}
+    token = {"BLOCK_M": 64, "widest": 64}
+    return [
+        *(
+            _tile(
+                "feature_loss:_feature_loss_kernel",
+                dtype,
+                width,
+                tensors,
+                {**loss, "COSINE": cosine},
+                count="i32",
+                **sizes,
+            )
+            for cosine in (0, 1)
+        ),
+        _tile(
+            "feature_loss:_target_statistics_kernel",
+            dtype,
+            width,
+            "target_ptr mean_ptr rstd_ptr",
+            {},
+            **sizes,
+        ),
+        _tile(
+            "feature_loss:_feature_loss_token_kernel",
+            dtype,
+            width,
+            f"pred_ptr target_ptr mean_ptr rstd_ptr {affine} grad_ptr",
+            token,
+            count="i32",
+            **sizes,
+        ),
+    ]
+
+
+DTYPES = ("bf16", "fp16", "fp32")
+CASES += [
+    *(case for dtype in DTYPES for d in (512, 768, 1024, 1280) for case in _norm(dtype, d)),
+    *(case for dtype in DTYPES for d in (2048, 3072, 4096, 5120) for case in _mlp(dtype, d)),
+    *(case for dtype in DTYPES for d in (768, 1024) for case in _feature_loss(dtype, d)),
+    *(_sums(d) for d in (1, 512, 1280, 5120)),
+]
+
+
 def kernels() -> dict[str, triton.runtime.JITFunction]:
     """Every Triton kernel of the package, by ``module:function``."""
     found = {}
     for info in pkgutil.iter_modules(fastmim.kernels.__path__):
         module = importlib.import_module(f"fastmim.kernels.{info.name}")
         for name, value in vars(module).items():
-            if isinstance(value, triton.runtime.JITFunction):
+            # A helper has no launch of its own; it is compiled with the kernels that call it.
+            if isinstance(value, triton.runtime.JITFunction) and name.endswith("_kernel"):
                 found[f"{info.name}:{name}"] = value
     return found
 
@@ -108,7 +205,8 @@ def main() -> int:
             row = compile_case(case, found[case.kernel], arch)
             bad += row["spills"] > 0
             numbers = " ".join(f"{k}={v}" for k, v in row.items())
-            print(f"{case.kernel} {case.types['x_ptr']} {case.constants} sm_{arch}: {numbers}")
+            dtype = next(iter(case.types.values()))
+            print(f"{case.kernel} {dtype} {case.constants} sm_{arch}: {numbers}")
     print(f"triton {triton.__version__}: {len(CASES) * len(ARCHITECTURES)} binaries, {bad} spill")
     return bool(bad)
 

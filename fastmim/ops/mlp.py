@@ -1,10 +1,12 @@
 """Bias and exact GELU of a transformer's MLP, alone or followed by a linear layer."""
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from fastmim.ops import reference
-from fastmim.ops._registry import Op
+from fastmim.ops._limits import refuse_types
+from fastmim.ops._registry import Implementation, Op
 
 
 def bias_gelu(x: Tensor, bias: Tensor) -> Tensor:
@@ -83,6 +85,10 @@ def _fake_bias_gelu_linear(x, bias, weight, out_bias):
     return x.new_empty(*x.shape[:-1], weight.shape[0])
 
 
+def _bias_gelu_then_linear(x, bias, weight, out_bias):
+    return F.linear(_bias_gelu(x, bias), weight, out_bias)
+
+
 def _save_for_bias_gelu_linear(ctx, inputs, output):
     x, bias, weight, out_bias = inputs
     ctx.save_for_backward(x, bias, weight)
@@ -122,6 +128,9 @@ SHAPES = {
     "edge_one_value": dict(b=1, n=1, d=1),
     "edge_empty": dict(b=0, n=4, d=8),
     "edge_encoder": dict(b=1, n=50, d=64),
+    "edge_h14": dict(b=1, n=65, d=3),
+    "edge_decoder": dict(b=1, n=197, d=16),
+    "edge_decoder_h14": dict(b=2, n=257, d=2),
     "edge_wide": dict(b=1, n=2, d=1280),
     "encoder_l": dict(b=256, n=50, d=4096),
     "decoder": dict(b=256, n=197, d=2048),
@@ -130,7 +139,10 @@ SHAPES = {
 _bias_gelu = Op(
     "bias_gelu(Tensor x, Tensor bias) -> Tensor",
     fake=_fake_bias_gelu,
-    implementations={"reference": reference.bias_gelu},
+    implementations={
+        "reference": reference.bias_gelu,
+        "triton": Implementation("fastmim.kernels.mlp:bias_gelu", accepts=refuse_types),
+    },
     shapes=SHAPES,
     make=_make_bias_gelu,
     setup_context=_save_for_bias_gelu,
@@ -139,14 +151,17 @@ _bias_gelu = Op(
 _backward = Op(
     "bias_gelu_backward(Tensor grad, Tensor x, Tensor bias) -> (Tensor, Tensor)",
     fake=_fake_bias_gelu_backward,
-    implementations={"reference": reference.bias_gelu_backward},
+    implementations={
+        "reference": reference.bias_gelu_backward,
+        "triton": Implementation("fastmim.kernels.mlp:bias_gelu_backward", accepts=refuse_types),
+    },
     shapes=SHAPES,
     make=_make_backward,
 )
 _bias_gelu_linear = Op(
     "bias_gelu_linear(Tensor x, Tensor bias, Tensor weight, Tensor? out_bias) -> Tensor",
     fake=_fake_bias_gelu_linear,
-    implementations={"reference": reference.bias_gelu_linear},
+    implementations={"reference": reference.bias_gelu_linear, "triton": _bias_gelu_then_linear},
     shapes=SHAPES,
     make=_make_bias_gelu_linear,
     setup_context=_save_for_bias_gelu_linear,

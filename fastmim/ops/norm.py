@@ -7,7 +7,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from fastmim.ops import reference
-from fastmim.ops._registry import Op
+from fastmim.ops._limits import refuse_rows
+from fastmim.ops._registry import Implementation, Op
 
 
 class Normalized(NamedTuple):
@@ -220,6 +221,14 @@ def _norm_linear_backward(ctx, grad, grad_total, *_):
     )
 
 
+def _refuse_norm(x, branch, *rest):
+    return refuse_rows(x, branch)
+
+
+def _refuse_backward(grad, grad_total, total, *rest):
+    return refuse_rows(total, grad, grad_total)
+
+
 def _rows(b, n, d, device, dtype):
     return torch.randn(b, n, d, device=device, dtype=dtype)
 
@@ -248,9 +257,12 @@ def _make_norm_linear(b, n, d, device, dtype):
 
 SHAPES = {
     "edge": dict(b=2, n=5, d=7),
-    "edge_one_value": dict(b=1, n=3, d=1),
+    "edge_one_value": dict(b=1, n=1, d=1),
     "edge_empty": dict(b=0, n=4, d=8),
     "edge_encoder": dict(b=1, n=50, d=64),
+    "edge_h14": dict(b=1, n=65, d=3),
+    "edge_decoder": dict(b=1, n=197, d=16),
+    "edge_decoder_h14": dict(b=2, n=257, d=2),
     "edge_wide": dict(b=1, n=2, d=1280),
     "encoder_l": dict(b=256, n=50, d=1024),
     "decoder": dict(b=256, n=197, d=512),
@@ -260,7 +272,10 @@ _norm = Op(
     "norm(Tensor x, Tensor? branch, Tensor weight, Tensor bias, float eps, ScalarType dtype) "
     "-> (Tensor, Tensor, Tensor, Tensor)",
     fake=_fake_norm,
-    implementations={"reference": reference.norm},
+    implementations={
+        "reference": reference.norm,
+        "triton": Implementation("fastmim.kernels.norm:norm", accepts=_refuse_norm),
+    },
     shapes=SHAPES,
     make=_make_norm,
     setup_context=_save_for_norm,
@@ -270,7 +285,10 @@ _backward = Op(
     "norm_backward(Tensor grad, Tensor? grad_total, Tensor total, Tensor mean, Tensor rstd, "
     "Tensor weight) -> (Tensor, Tensor, Tensor)",
     fake=_fake_norm_backward,
-    implementations={"reference": reference.norm_backward},
+    implementations={
+        "reference": reference.norm_backward,
+        "triton": Implementation("fastmim.kernels.norm:norm_backward", accepts=_refuse_backward),
+    },
     shapes=SHAPES,
     make=_make_backward,
 )
@@ -278,7 +296,7 @@ _norm_linear = Op(
     "norm_linear(Tensor x, Tensor? branch, Tensor norm_weight, Tensor norm_bias, float eps, "
     "Tensor weight, Tensor? bias) -> (Tensor, Tensor, Tensor, Tensor)",
     fake=_fake_norm_linear,
-    implementations={"reference": reference.norm_linear},
+    implementations={"reference": reference.norm_linear, "triton": _norm_then_linear},
     shapes=SHAPES,
     make=_make_norm_linear,
     setup_context=_save_for_norm_linear,

@@ -1,0 +1,22 @@
+"""Calls that the Triton kernels of several operators cannot serve."""
+
+import torch
+from torch import Tensor
+
+MAX_WIDTH = 8192  # a row stays in the registers of one program
+_TYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
+
+
+def refuse_types(*tensors: Tensor | None) -> str | None:
+    """Why these tensors cannot be read; None if they can."""
+    for t in tensors:
+        if t is not None and t.dtype not in _TYPES:
+            return f"it takes float32, bfloat16, float16 and float64 tensors, not {t.dtype}"
+    return None
+
+
+def refuse_rows(x: Tensor, *others: Tensor | None) -> str | None:
+    """Why the rows of ``x`` and of tensors like it cannot be held; None if they can."""
+    if not 1 <= x.shape[-1] <= MAX_WIDTH:
+        return f"it takes rows of 1 to {MAX_WIDTH} values, not {x.shape[-1]}"
+    return refuse_types(x, *others)
