@@ -53,7 +53,7 @@ def _norm_kernel(
         branch = tl.load(branch_ptr + at, mask=inside, other=0.0)
         if branch.dtype != tl.float64:
             branch = branch.to(wide)
-        rounded = (total + branch).to(x_ptr.dtype.element_ty)
+        rounded = (total + branch).to(wide).to(x_ptr.dtype.element_ty)
         tl.store(total_ptr + at, rounded, mask=inside)
         total = rounded.to(wide)
     mean = tl.sum(total, axis=1) / D

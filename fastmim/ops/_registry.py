@@ -274,6 +274,12 @@ def use_backend(backend: str | None) -> Iterator[None]:
         _forced = previous
 
 
+def compute_dtype(x: torch.Tensor) -> torch.dtype:
+    """Autocast's dtype on the device of ``x`` if it is on, else that of ``x``."""
+    kind = x.device.type
+    return torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else x.dtype
+
+
 def forced_backend() -> str | None:
     """The backend asked for by FASTMIM_BACKEND or :func:`use_backend`; None means auto."""
     return _forced

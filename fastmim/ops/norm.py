@@ -8,7 +8,7 @@ from torch import Tensor
 
 from fastmim.ops import reference
 from fastmim.ops._limits import refuse_rows
-from fastmim.ops._registry import Implementation, Op
+from fastmim.ops._registry import Implementation, Op, compute_dtype
 
 
 class Normalized(NamedTuple):
@@ -54,7 +54,7 @@ def norm(
         ValueError: If the sizes do not fit.
     """
     _check("norm", x, weight, bias, branch)
-    out, total, _, _ = _norm(x, branch, weight, bias, eps, dtype or _compute_dtype(x))
+    out, total, _, _ = _norm(x, branch, weight, bias, eps, dtype or compute_dtype(x))
     return Normalized(out, x if branch is None else total)
 
 
@@ -95,7 +95,7 @@ def norm_linear(
             f"norm_linear: expected weight (E, {x.shape[-1]}) for x {tuple(x.shape)}, "
             f"got {tuple(weight.shape)}"
         )
-    dtype = _compute_dtype(x)
+    dtype = compute_dtype(x)
     out, total, _, _ = _norm_linear(
         x,
         branch,
@@ -106,11 +106,6 @@ def norm_linear(
         None if bias is None else bias.to(dtype),
     )
     return Normalized(out, x if branch is None else total)
-
-
-def _compute_dtype(x: Tensor) -> torch.dtype:
-    kind = x.device.type
-    return torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else x.dtype
 
 
 def _check(function: str, x: Tensor, weight: Tensor, bias: Tensor, branch: Tensor | None) -> None:
