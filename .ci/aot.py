@@ -147,11 +147,37 @@ def _feature_loss(dtype: str, width: int) -> list[Case]:
     ]
 
 
+def _crop_resize(dtype: str) -> list[Case]:
+    """Pictures of any size, so no size is known to be a multiple of 16."""
+    blocks = {"BLOCK_H": 16, "BLOCK_W": 128}
+    tables = dict.fromkeys(("first_ptr", "count_ptr", "weights_ptr"), "*i32")
+    rows = {"x_ptr": "*u8", "boxes_ptr": "*i32", **tables, "out_ptr": "*u8"}
+    affine = {"scale_ptr": "*fp32", "shift_ptr": "*fp32"}
+    columns = {"x_ptr": "*u8", **tables, **affine, "out_ptr": f"*{dtype}"}
+    sizes = [dict.fromkeys((*names.split(), "taps"), "i32") for names in ("C H W width", "length")]
+    down = dict.fromkeys(("C", "H", "height", "width", "taps"), "i32")
+    weights = {"boxes_ptr": "*i32", **tables}
+    return [
+        Case("augment:_crop_resize_rows_kernel", {**rows, **sizes[0]}, blocks, tuple(rows)),
+        Case("augment:_crop_resize_columns_kernel", {**columns, **down}, blocks, tuple(columns)),
+        *(
+            Case(
+                "augment:_crop_weights_kernel",
+                {**weights, **sizes[1]},
+                {"AXIS": axis, "BLOCK": 128},
+                tuple(weights),
+            )
+            for axis in (0, 1)
+        ),
+    ]
+
+
 DTYPES = ("bf16", "fp16", "fp32")
 CASES += [
     *(case for dtype in DTYPES for d in (512, 768, 1024, 1280) for case in _norm(dtype, d)),
     *(case for dtype in DTYPES for d in (2048, 3072, 4096, 5120) for case in _mlp(dtype, d)),
     *(case for dtype in DTYPES for d in (768, 1024) for case in _feature_loss(dtype, d)),
+    *(case for dtype in ("u8", "bf16", "fp32") for case in _crop_resize(dtype)),
     *(_sums(d) for d in (1, 512, 1280, 5120)),
 ]
 
