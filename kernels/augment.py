@@ -58,13 +58,14 @@ def _crop_weights_kernel(
     inside = at < length
     tl.store(first_ptr + image * length + at, first, mask=inside)
     tl.store(count_ptr + image * length + at, tl.minimum(last - first, taps), mask=inside)
-    offset = first.to(tl.float64) - centre + 0.5
     inverse = 1.0 / stretch
     total = tl.zeros_like(centre)
     for t in range(0, taps):
-        total += tl.where(first + t < last, _cubic((offset + t) * inverse), 0.0)
+        weight = _cubic(((first + t).to(tl.float64) - centre + 0.5) * inverse)
+        total += tl.where(first + t < last, weight, 0.0)
     for t in range(0, taps):
-        weight = _cubic((offset + t) * inverse) / total * 4194304.0
+        weight = _cubic(((first + t).to(tl.float64) - centre + 0.5) * inverse)
+        weight = weight / total * 4194304.0
         weight = tl.where(weight < 0.0, weight - 0.5, weight + 0.5)  # half away from zero
         weight = tl.where(inside & (first + t < last), weight, 0.0).to(tl.int32)
         tl.store(weights_ptr + (image * taps + t) * length + at, weight, mask=inside)

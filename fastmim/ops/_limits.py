@@ -7,16 +7,17 @@ MAX_WIDTH = 8192  # a row stays in the registers of one program
 _TYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 
 
-def refuse_types(*tensors: Tensor | None) -> str | None:
-    """Why these tensors cannot be read; None if they can."""
-    for t in tensors:
-        if t is not None and t.dtype not in _TYPES:
-            return f"it takes float32, bfloat16, float16 and float64 tensors, not {t.dtype}"
+def refuse_types(*given: Tensor | torch.dtype | None) -> str | None:
+    """Why these tensors cannot be read, or results of a dtype written; None if they can."""
+    for value in given:
+        dtype = value.dtype if isinstance(value, Tensor) else value
+        if dtype is not None and dtype not in _TYPES:
+            return f"it takes float32, bfloat16, float16 and float64 tensors, not {dtype}"
     return None
 
 
-def refuse_rows(x: Tensor, *others: Tensor | None) -> str | None:
-    """Why the rows of ``x`` and of tensors like it cannot be held; None if they can."""
+def refuse_rows(x: Tensor, *others: Tensor | torch.dtype | None) -> str | None:
+    """Why the rows of ``x`` cannot be held or the others not served; None if they can."""
     if not 1 <= x.shape[-1] <= MAX_WIDTH:
         return f"it takes rows of 1 to {MAX_WIDTH} values, not {x.shape[-1]}"
     return refuse_types(x, *others)

@@ -96,8 +96,8 @@ def _feature_loss_backward(ctx, grad, _):
     return (grad_pred * grad.to(grad_pred.dtype), *(None,) * 7)
 
 
-def _refuse(pred, target, *rest):
-    return refuse_rows(pred, target)
+def _refuse(pred, target, ids, normalize, weight, bias, kind, beta):
+    return refuse_rows(pred, target, weight, bias)
 
 
 def _make(b, m, n, d, kind, normalize, device, dtype):
@@ -129,7 +129,7 @@ _feature_loss = Op(
         "edge_encoder": _shape(1, 50, 50, 64, "cosine_token"),
         "edge_h14": _shape(2, 65, 65, 3, "cosine_token"),
         "edge_decoder": _shape(1, 197, 197, 16, "smooth_l1"),
-        "edge_decoder_h14": _shape(2, 257, 257, 2, "cosine"),
+        "edge_decoder_h14": _shape(1, 257, 257, 2, "cosine"),
         "edge_wide": _shape(1, 2, 2, 1280, "smooth_l1"),
         "dbot_b": _shape(256, 148, 197, 768, "smooth_l1"),
         "sdae_b": _shape(768, 49, 49, 768, "cosine"),

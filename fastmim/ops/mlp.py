@@ -130,7 +130,7 @@ SHAPES = {
     "edge_encoder": dict(b=1, n=50, d=64),
     "edge_h14": dict(b=1, n=65, d=3),
     "edge_decoder": dict(b=1, n=197, d=16),
-    "edge_decoder_h14": dict(b=2, n=257, d=2),
+    "edge_decoder_h14": dict(b=1, n=257, d=2),
     "edge_wide": dict(b=1, n=2, d=1280),
     "encoder_l": dict(b=256, n=50, d=4096),
     "decoder": dict(b=256, n=197, d=2048),

@@ -216,12 +216,12 @@ def _norm_linear_backward(ctx, grad, grad_total, *_):
     )
 
 
-def _refuse_norm(x, branch, *rest):
-    return refuse_rows(x, branch)
+def _refuse_norm(x, branch, weight, bias, eps, dtype):
+    return refuse_rows(x, branch, weight, bias, dtype)
 
 
-def _refuse_backward(grad, grad_total, total, *rest):
-    return refuse_rows(total, grad, grad_total)
+def _refuse_backward(grad, grad_total, total, mean, rstd, weight):
+    return refuse_rows(total, grad, grad_total, weight)
 
 
 def _rows(b, n, d, device, dtype):
@@ -257,7 +257,7 @@ SHAPES = {
     "edge_encoder": dict(b=1, n=50, d=64),
     "edge_h14": dict(b=1, n=65, d=3),
     "edge_decoder": dict(b=1, n=197, d=16),
-    "edge_decoder_h14": dict(b=2, n=257, d=2),
+    "edge_decoder_h14": dict(b=1, n=257, d=2),
     "edge_wide": dict(b=1, n=2, d=1280),
     "encoder_l": dict(b=256, n=50, d=1024),
     "decoder": dict(b=256, n=197, d=512),

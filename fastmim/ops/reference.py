@@ -406,7 +406,7 @@ def _resampling(start: Tensor, size: Tensor, length: int, out_size: int) -> Tens
     first = (centre - 2 * stretch + 0.5).trunc().clamp(min=0)
     last = torch.minimum((centre + 2 * stretch + 0.5).trunc(), size)
     j = torch.arange(length, device=scale.device, dtype=torch.float64) - start
-    x = ((first - centre + 0.5 + (j - first)) * (1 / stretch)).abs()
+    x = ((j - centre + 0.5) * (1 / stretch)).abs()
     near, far = (1.5 * x - 2.5) * x * x + 1, ((-0.5 * x + 2.5) * x - 4) * x + 2
     weight = torch.where(x < 1, near, torch.where(x < 2, far, 0.0))
     weight = torch.where((j >= first) & (j < last), weight, 0.0)
