@@ -18,7 +18,8 @@ from torch import Tensor
 
 from .reduce import sum_partials
 
-# 8 warps: 16 values of the tile for each thread; a row of 8192 still fits the registers
+# 8 warps: 16 values of the tile for each thread; a row of 8192 still fits the registers, in float64
+# one of 4096
 OPTIONS = {"enable_fp_fusion": True, "num_warps": 8}  # a product and its sum round once
 TILE = 4096
 FEATURES = 64  # columns of a cosine_token tile: 128 bytes of a 16-bit row, one line of the cache

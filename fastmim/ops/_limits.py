@@ -3,7 +3,7 @@
 import torch
 from torch import Tensor
 
-MAX_WIDTH = 8192  # a row stays in the registers of one program
+MAX_WIDTH = 8192  # a row stays in the registers of one program; in float64 half of that does
 _TYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 
 
