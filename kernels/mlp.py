@@ -4,7 +4,7 @@ One program takes a tile of up to 1024 columns. Backward, it goes through every 
 and keeps its part of the bias gradient in registers; a second launch adds the parts.
 
 Memory bound. A value costs 2 * itemsize bytes forward, 3 * itemsize backward. One writer per output
-and no atomics: deterministic, whatever the card.
+and no atomics: deterministic, and the order of the sums does not depend on the card.
 """
 
 import math

@@ -6,8 +6,8 @@ values. Backward: one of at most PROGRAMS programs takes every PROGRAMS-th block
 its part of the gradients of weight and bias in registers; a second launch adds the parts.
 
 Memory bound. A value costs, forward, itemsize of x + branch + total + out bytes; backward, that of
-grad + grad_total + total + grad_x. One writer per output and no atomics: deterministic, whatever
-the card.
+grad + grad_total + total + grad_x. One writer per output and no atomics: deterministic, and the
+order of the sums does not depend on the card.
 """
 
 import torch
