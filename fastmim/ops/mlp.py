@@ -1,12 +1,12 @@
 """Bias and exact GELU of a transformer's MLP, alone or followed by a linear layer."""
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from fastmim.ops import reference
 from fastmim.ops._limits import refuse_native, refuse_types
 from fastmim.ops._registry import Implementation, Native, Op
+from fastmim.ops.linear import linear, weight_grad
 
 
 def bias_gelu(x: Tensor, bias: Tensor) -> Tensor:
@@ -86,7 +86,7 @@ def _fake_bias_gelu_linear(x, bias, weight, out_bias):
 
 
 def _bias_gelu_then_linear(x, bias, weight, out_bias):
-    return F.linear(_bias_gelu(x, bias), weight, out_bias)
+    return linear(_bias_gelu(x, bias), weight, out_bias)
 
 
 def _save_for_bias_gelu_linear(ctx, inputs, output):
@@ -97,13 +97,12 @@ def _save_for_bias_gelu_linear(ctx, inputs, output):
 
 def _bias_gelu_linear_backward(ctx, grad):
     x, bias, weight = ctx.saved_tensors
-    flat = grad.flatten(0, -2)
     grad_weight = grad_out_bias = None
     if ctx.needs_input_grad[2]:
-        grad_weight = flat.t() @ _bias_gelu(x, bias).flatten(0, -2)
+        grad_weight = weight_grad(grad, _bias_gelu(x, bias))
     if ctx.has_out_bias and ctx.needs_input_grad[3]:
-        grad_out_bias = flat.sum(dim=0)
-    grad_x, grad_bias = _backward(grad @ weight, x, bias)
+        grad_out_bias = grad.flatten(0, -2).sum(dim=0)
+    grad_x, grad_bias = _backward(linear(grad, weight.t()), x, bias)
     return grad_x, grad_bias, grad_weight, grad_out_bias
 
 

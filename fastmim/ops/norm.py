@@ -3,12 +3,12 @@
 from typing import NamedTuple
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from fastmim.ops import reference
 from fastmim.ops._limits import refuse_native, refuse_rows
 from fastmim.ops._registry import Implementation, Native, Op, autocast_dtype
+from fastmim.ops.linear import linear, weight_grad
 
 
 class Normalized(NamedTuple):
@@ -189,7 +189,7 @@ def _fake_norm_linear(x, branch, norm_weight, norm_bias, eps, weight, bias):
 
 def _norm_then_linear(x, branch, norm_weight, norm_bias, eps, weight, bias):
     rows, *kept = _norm(x, branch, norm_weight, norm_bias, eps, weight.dtype)
-    return F.linear(rows, weight, bias), *kept
+    return linear(rows, weight, bias), *kept
 
 
 def _save_for_norm_linear(ctx, inputs, output):
@@ -208,14 +208,13 @@ def _norm_linear_backward(ctx, grad, grad_total, *_):
     grads = dict.fromkeys(("norm_weight", "norm_bias", "weight", "bias"))
     if grad is not None:
         grad = grad.to(weight.dtype)
-        flat = grad.flatten(0, -2)
         if ctx.needs_input_grad[5]:
             rows = _norm(total, None, norm_weight, norm_bias, ctx.eps, weight.dtype)[0]
-            grads["weight"] = flat.t() @ rows.flatten(0, -2)
+            grads["weight"] = weight_grad(grad, rows)
         if ctx.bias_dtype is not None and ctx.needs_input_grad[6]:
-            grads["bias"] = flat.sum(dim=0)
+            grads["bias"] = grad.flatten(0, -2).sum(dim=0)
         grad_total, grads["norm_weight"], grad_bias = _backward(
-            grad @ weight, grad_total, total, mean, rstd, norm_weight
+            linear(grad, weight.t()), grad_total, total, mean, rstd, norm_weight
         )
         grads["norm_bias"] = grad_bias.to(norm_bias.dtype)
     return (
