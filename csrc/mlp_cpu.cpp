@@ -76,13 +76,11 @@ struct GeluBackwardRows {
 };
 
 void check_input(const Checks& check, const Tensor& x, const Tensor& bias) {
-  if (x.dim() == 0) refuse(check.op, ": expected x (..., D), got ()");
+  check_width(check, "x", x);
   check.dtype("x", x.scalar_type(), is_row_type(x.scalar_type()));
   check.placed("x", -1, x);
   check.shape("bias", bias, {x.size(-1)});
 }
-
-int64_t rows_of(const Tensor& x) { return x.size(-1) == 0 ? 0 : x.numel() / x.size(-1); }
 
 Tensor bias_gelu_cpu(Tensor x, Tensor bias) {
   check_input({"bias_gelu", "cpu"}, x, bias);

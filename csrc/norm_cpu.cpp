@@ -133,8 +133,6 @@ void check_rows(const Checks& check, const char* name, const Tensor& x, const Te
   check.placed(name, -1, x);
 }
 
-int64_t rows_of(const Tensor& x) { return x.size(-1) == 0 ? 0 : x.numel() / x.size(-1); }
-
 std::vector<int64_t> leading(const Tensor& x) {
   const auto sizes = x.sizes();
   return {sizes.begin(), sizes.end() - 1};
@@ -144,7 +142,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> norm_cpu(Tensor x, std::optional<Tens
                                                     Tensor weight, Tensor bias, double eps,
                                                     ScalarType dtype) {
   const Checks check{"norm", "cpu"};
-  if (x.dim() == 0) refuse("norm: expected x (..., D), got ()");
+  check_width(check, "x", x);
   check_rows(check, "x", x, x);
   if (branch) check_rows(check, "branch", *branch, x);
   check.dtype("the result", dtype, is_row_type(dtype));
@@ -176,7 +174,7 @@ std::tuple<Tensor, Tensor, Tensor> norm_backward_cpu(Tensor grad, std::optional<
                                                      Tensor total, Tensor mean, Tensor rstd,
                                                      Tensor weight) {
   const Checks check{"norm_backward", "cpu"};
-  if (total.dim() == 0) refuse("norm_backward: expected total (..., D), got ()");
+  check_width(check, "total", total);
   const int64_t width = total.size(-1);
   check_rows(check, "total", total, total);
   check_rows(check, "grad", grad, total);

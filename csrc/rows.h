@@ -23,6 +23,13 @@ using Target = Rows<void*>;
 inline Source source(const Tensor& x) { return {x.const_data_ptr(), x.scalar_type(), x.size(-1)}; }
 inline Target target(Tensor& x) { return {x.mutable_data_ptr(), x.scalar_type(), x.size(-1)}; }
 
+inline int64_t rows_of(const Tensor& x) { return x.numel() / x.size(-1); }
+
+inline void check_width(const Checks& check, const char* name, const Tensor& x) {
+  if (x.dim() == 0 || x.size(-1) == 0)
+    refuse(check.op, ": expected ", name, " (..., D) with D of at least 1, got ", shape_of(x));
+}
+
 // Row `i` as floats: the memory itself, or `scratch` with the values converted.
 FASTMIM_INLINE const float* read_row(const Source& rows, int64_t i, float* scratch) {
   const int64_t first = i * rows.width;

@@ -359,14 +359,49 @@ def calls(b, rows, columns, kept, width, side, channels):
     return made
 
 
+def fused_calls(b, tokens, heads, width):
+    """The same for the operators that fuse products and sums: their last bits depend on the CPU."""
+    dim, made = heads * width, []
+    for dtype in (torch.float32, torch.bfloat16, torch.float16):
+        qkv = values((b, tokens, 3, heads, width), dtype) / 8
+        x, branch, grad = (values((b, tokens, dim), dtype, seed) for seed in (1, 2, 3))
+        weight, bias = values((dim,), seed=4), values((dim,), seed=5)
+        variance, mean = torch.var_mean(x.float(), dim=-1, correction=0)
+        rstd = (variance + 1e-6).rsqrt()
+        wide = torch.float32
+        made += [
+            (ops.attention, (qkv, width**-0.5)),
+            (
+                ops.attention_backward,
+                (
+                    values((b, tokens, heads, width), dtype, 7),
+                    qkv,
+                    values((b, tokens, heads, width), dtype, 8),
+                    values((b, heads, tokens), seed=9) + 20,
+                    width**-0.5,
+                ),
+            ),
+            (ops.norm, (x, branch, weight, bias, 1e-6, dtype)),
+            (ops.norm, (x.to(wide), branch, weight.to(dtype), bias, 1e-6, dtype)),
+            (ops.norm, (x, None, weight, bias, 1e-6, wide)),
+            (ops.norm_backward, (grad, branch, x, mean, rstd, weight)),
+            (ops.norm_backward, (grad, None, x.to(wide), mean, rstd, weight.to(dtype))),
+            (ops.bias_gelu, (x, bias)),
+            (ops.bias_gelu_backward, (grad, x, bias.to(dtype))),
+        ]
+    return made
+
+
 # More than one thread's share of elements, no multiple of a vector, of four rows or of a group.
 ODD = dict(b=5, rows=7, columns=9, kept=16, width=133, side=14, channels=3)
 SMALL = dict(b=2, rows=2, columns=3, kept=1, width=3, side=1, channels=2)
+FUSED_ODD = dict(b=5, tokens=67, heads=3, width=41)
+FUSED_SMALL = dict(b=2, tokens=1, heads=1, width=3)
 
 
-def outputs(**sizes):
+def outputs(made):
     results = []
-    for op, args in calls(**sizes):
+    for op, args in made:
         out = op(*args)
         results += [out] if isinstance(out, torch.Tensor) else out
     return results
@@ -386,7 +421,7 @@ def run_on_threads(threads, unaligned):
             adamw_ema_(inputs)
             follow(inputs)
             results += state(inputs)
-        return results + outputs(**ODD) + outputs(**SMALL)
+        return results + outputs(calls(**ODD)) + outputs(calls(**SMALL))
     finally:
         torch.set_num_threads(before)
 
@@ -394,6 +429,19 @@ def run_on_threads(threads, unaligned):
 @pytest.mark.parametrize("threads", [2, 3, 7])
 def test_bits_do_not_depend_on_the_number_of_threads_or_on_alignment(threads):
     assert_same_bytes(run_on_threads(threads, unaligned=True), run_on_threads(1, unaligned=False))
+
+
+@pytest.mark.parametrize("threads", [2, 3, 7])
+def test_fused_bits_do_not_depend_on_the_number_of_threads(threads):
+    before = torch.get_num_threads()
+    results = []
+    try:
+        for count in (1, threads):
+            torch.set_num_threads(count)
+            results.append(outputs(fused_calls(**FUSED_ODD)) + outputs(fused_calls(**FUSED_SMALL)))
+    finally:
+        torch.set_num_threads(before)
+    assert_same_bytes(*results)
 
 
 def relaid(argument, layout):
@@ -412,7 +460,7 @@ def relaid(argument, layout):
 
 @pytest.mark.parametrize("layout", ["gaps", "channels_last", "unaligned"])
 def test_bits_do_not_depend_on_the_layout(layout):
-    for op, args in calls(**ODD):
+    for op, args in calls(**ODD) + fused_calls(**FUSED_ODD):
         expected, got = op(*args), op(*[relaid(a, layout) for a in args])
         if isinstance(expected, torch.Tensor):
             expected, got = [expected], [got]
@@ -421,7 +469,13 @@ def test_bits_do_not_depend_on_the_layout(layout):
 
 @pytest.mark.parametrize("size", ["b", "kept", "width", "channels"])
 def test_without_elements_there_is_nothing_to_do(size):
-    for x in outputs(**{**SMALL, size: 0}):
+    for x in outputs(calls(**{**SMALL, size: 0})):
+        assert x.isfinite().all()
+
+
+@pytest.mark.parametrize("size", ["b", "tokens"])
+def test_without_rows_there_is_nothing_to_do(size):
+    for x in outputs(fused_calls(**{**FUSED_SMALL, size: 0})):
         assert x.isfinite().all()
 
 
@@ -522,6 +576,15 @@ def test_a_position_out_of_range_is_named(name, position, wrong):
             (torch.zeros(2, 3, 4, 4).int(), orders(2, 4), 2, None, None, torch.float32),
             "imgs cannot be Int",
         ),
+        ("norm", (torch.zeros(2, 0), None, *torch.zeros(2, 0), 1e-6, torch.float32), "at least 1"),
+        (
+            "norm_backward",
+            (*torch.zeros(1, 2, 3), None, *torch.zeros(1, 2, 3), *torch.ones(2, 1), torch.ones(3)),
+            "expected mean of one value a row",
+        ),
+        ("bias_gelu", (torch.zeros(2, 3), torch.zeros(2)), r"bias to have shape \(3,\)"),
+        ("bias_gelu", (torch.zeros(2, 3).double(), torch.zeros(3)), "x cannot be Double"),
+        ("attention", (torch.zeros(2, 4, 2, 1, 8), 1.0), r"expected qkv \(B, N, 3, H, D\)"),
         (
             "patch_loss",
             (values((2, 4, 5)), values((2, 3, 4, 4)), orders(2, 4), 2, True, None, 1.0, None, None),
@@ -534,34 +597,39 @@ def test_wrong_arguments_are_refused_by_name(name, args, message):
         getattr(ops, name)(*args)
 
 
-DIGEST = """
-import hashlib, importlib.util, sys
+IN_THIS_INSTRUCTION_SET = """
+import importlib.util, sys
 import torch
 spec = importlib.util.spec_from_file_location("test_native", sys.argv[1])
 module = importlib.util.module_from_spec(spec)
 spec.loader.exec_module(module)
-digest = hashlib.sha256()
-for x in module.run_on_threads(1, unaligned=False):
-    digest.update(x.contiguous().view(-1).view(torch.uint8).numpy().tobytes())
-print(module.native.build_info()["simd_in_use"], digest.hexdigest())
+results = [
+    module.run_on_threads(1, unaligned=False),
+    module.outputs(module.fused_calls(**module.FUSED_ODD)),
+]
+torch.save(results, sys.argv[2])
+print(module.native.build_info()["simd_in_use"])
 """
 
 
-def test_bits_do_not_depend_on_the_instruction_set(tmp_path):
-    digests = {}
+def test_instruction_sets_agree(tmp_path):
+    """To the bit, or to rounding where products and sums are fused."""
+    results = {}
     for variant in native.build_info()["simd_variants"]:
         env = os.environ | {"ATEN_CPU_CAPABILITY": variant}
         env["PYTHONPATH"] = os.pathsep.join(filter(None, sys.path))
-        command = [sys.executable, "-c", DIGEST, __file__]
+        file = tmp_path / f"{variant}.pt"
+        command = [sys.executable, "-c", IN_THIS_INSTRUCTION_SET, __file__, str(file)]
         # Not in the checkout: "python -c" would look there for fastmim before anywhere else.
         done = subprocess.run(
             command, env=env, cwd=tmp_path, capture_output=True, text=True, check=False
         )
         assert done.returncode == 0, done.stderr
-        used, digest = done.stdout.split()
-        digests[used] = digest
-    assert "default" in digests
-    assert len(set(digests.values())) == 1, digests
+        results[done.stdout.strip()] = torch.load(file, weights_only=True)
+    exact, fused = results.pop("default")
+    for others_exact, others_fused in results.values():
+        assert_same_bytes(others_exact, exact)
+        torch.testing.assert_close(others_fused, fused)
 
 
 needs_cuda = pytest.mark.skipif("cuda" not in DEVICES, reason="needs a GPU and CUDA kernels")

@@ -13,9 +13,11 @@ def refuse_types(*given: Tensor | torch.dtype | None) -> str | None:
     return _refuse(given, _TYPES)
 
 
-def refuse_native(*given: Tensor | torch.dtype | None) -> str | None:
+def refuse_native(x: Tensor, *others: Tensor | torch.dtype | None) -> str | None:
     """Why the C++ kernels over rows cannot; None if they can."""
-    return _refuse(given, _NATIVE_TYPES)
+    if x.ndim == 0 or x.shape[-1] == 0:
+        return f"it takes rows of at least one value, not {tuple(x.shape)}"
+    return _refuse((x, *others), _NATIVE_TYPES)
 
 
 def refuse_rows(x: Tensor, *others: Tensor | torch.dtype | None) -> str | None:

@@ -130,7 +130,7 @@ def _native_norm_accepts(x, branch, weight, bias, eps, dtype) -> str | None:
 
 
 def _native_norm_backward_accepts(grad, grad_total, total, *rest) -> str | None:
-    return refuse_native(grad, grad_total, total)
+    return refuse_native(total, grad, grad_total)
 
 
 def _native_norm_linear_accepts(x, branch, *rest) -> str | None:
