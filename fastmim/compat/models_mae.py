@@ -163,9 +163,12 @@ class MaskedAutoencoderViT(MaskedAutoencoder):
         error = (pred - target).square().mean(dim=-1)
         return (error * mask).sum() / mask.sum()
 
-    def predict(self, imgs: Tensor, masks: Masks, *, full: bool = False) -> Tensor:
-        latent = super().forward_encoder(imgs, masks)
-        return super().forward_decoder(latent, masks, full=full)
+    def predict(
+        self, imgs: Tensor, masks: Masks, *, full: bool = False, draws: Tensor | None = None
+    ) -> Tensor:
+        first, rest = self.split_draws(draws)
+        latent = super().forward_encoder(imgs, masks, draws=first)
+        return super().forward_decoder(latent, masks, full=full, draws=rest)
 
     def patchify(self, imgs: Tensor) -> Tensor:
         """(B, C, H, W) to (B, N, p * p * C), channel fastest."""

@@ -5,6 +5,7 @@ import inspect
 from pathlib import Path
 
 import torch
+from torch import nn
 
 from fastmim.data import Source
 from fastmim.methods import METHODS, Method
@@ -18,11 +19,12 @@ _NAMES = 1000  # of a data set, looked at to tell it from another one
 
 
 def build_autoencoder(
-    recipe: Recipe, channels: int, mean: tuple[float, ...], std: tuple[float, ...]
+    method: str, recipe: Recipe, channels: int, mean: tuple[float, ...], std: tuple[float, ...]
 ) -> MaskedAutoencoder:
     """The network with its initial weights, a function of the recipe's seed.
 
     Args:
+        method: Name of the method that trains it; decides what it predicts.
         recipe: Model, image size and seed.
         channels: Of the images.
         mean: Of each channel on the scale 0..1, for uint8 images.
@@ -30,7 +32,11 @@ def build_autoencoder(
     """
     if recipe.model not in MODELS:
         raise ValueError(f"recipe.model: {did_you_mean('model', recipe.model, MODELS)}")
-    size = {} if recipe.img_size is None else {"img_size": recipe.img_size}
+    options = _method_class(method).student_options(recipe.drop_path)
+    if recipe.img_size is not None:
+        options["img_size"] = recipe.img_size
+    if recipe.stage_depths is not None:
+        options["depth"] = recipe.stage_depths[0]
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(recipe.seed)
         return create_model(
@@ -39,7 +45,7 @@ def build_autoencoder(
             norm_pix_loss=recipe.norm_pix,
             pixel_mean=mean,
             pixel_std=std,
-            **size,
+            **options,
         )
 
 
@@ -49,16 +55,22 @@ def build_method(name: str, recipe: Recipe, autoencoder: MaskedAutoencoder) -> M
     Raises:
         ValueError: If the name is unknown; suggests the nearest.
     """
+    cls = _method_class(name)
+    known = set(inspect.signature(cls).parameters) & set(vars(recipe))
+    options = {option: getattr(recipe, option) for option in known}
+    # None, of options that are lists too: as the method has it.
+    return cls(autoencoder, **{k: v for k, v in options.items() if v is not None})
+
+
+def _method_class(name: str) -> type[Method]:
     if name not in METHODS:
         raise ValueError(f"method: {did_you_mean('method', name, METHODS)}")
-    cls = METHODS[name]
-    known = set(inspect.signature(cls).parameters) & set(vars(recipe))
-    return cls(autoencoder, **{option: getattr(recipe, option) for option in known})
+    return METHODS[name]
 
 
-def networks(method: Method) -> dict[str, MaskedAutoencoder]:
+def networks(method: Method) -> dict[str, nn.Module]:
     """Student and, where there is one, teacher."""
-    named = {"student": method.student}
+    named: dict[str, nn.Module] = {"student": method.student}
     if method.teacher is not None:
         named["teacher"] = method.teacher.module
     return named
@@ -118,6 +130,7 @@ def untrained_network(identity: dict) -> MaskedAutoencoder:
     """
     data = identity["data"]
     return build_autoencoder(
+        identity["method"],
         recipe_from_dict(identity["recipe"]),
         data["channels"],
         tuple(data["mean"]),
@@ -145,6 +158,8 @@ def restore_run(path: str | Path) -> tuple[Checkpoint, Method]:
         identity = found.state["identity"]
         recipe = recipe_from_dict(identity["recipe"])
         method = build_method(identity["method"], recipe, untrained_network(identity))
+        for stage in range(1, found.state.get("stage", 0) + 1):
+            method.begin_stage(stage)
     except (KeyError, TypeError) as error:
         raise CheckpointError(
             f"{found.path}: not of a pre-training run, or of another version of fastmim: {error}"

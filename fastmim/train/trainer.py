@@ -15,7 +15,6 @@ import torch
 from torch import Tensor
 
 from fastmim.data import Augmentation, Batch, PretrainLoader, Source, open_source
-from fastmim.nn import MaskedAutoencoder
 from fastmim.train import checkpoint as checkpoints
 from fastmim.train.build import (
     build_autoencoder,
@@ -78,12 +77,10 @@ class Trainer:
         self.device = resolve_device(efficiency.device)
         self.source: Source = open_source(config.data.path)
         autoencoder = build_autoencoder(
-            recipe, self.source.channels, self.source.mean, self.source.std
+            config.method, recipe, self.source.channels, self.source.mean, self.source.std
         )
         image_size = autoencoder.patch_embed.img_size
-        self.precision = resolve_precision(
-            efficiency.precision, self.device, autoencoder.norm.weight.shape[0]
-        )
+        self.precision = resolve_precision(efficiency.precision, self.device, autoencoder.embed_dim)
         self.method = build_method(config.method, recipe, autoencoder).to(self.device)
         self.identity = run_identity(config.method, to_dict(recipe), self.source)
         self.loader = PretrainLoader(
@@ -100,7 +97,8 @@ class Trainer:
             on_bad=self._report_bad_image,
             pin_memory=self.device.type == "cuda",
         )
-        if recipe.momentum_schedule == "official":  # the one way a micro-batch changes the result
+        # Only a teacher that moves after every micro-batch makes their size change the result.
+        if self.method.teacher_follows == "micro_step":
             self.identity["micro_batch"] = self.loader.micro_batch
         self.engine = Engine(
             self.method,
@@ -138,6 +136,7 @@ class Trainer:
                 + "\nto start another run pass --output.name or --resume never; to go on with "
                 f"this one pass --config {self.folder / 'config.yaml'}"
             )
+        self.engine.begin_stage(state.get("stage", 0))
         load_parts(self.method, checkpoint)
         wanted = self.engine.optimizer.state_dict()
         checkpoints.check_parts(checkpoint.parts.get("optimizer", {}), wanted, "optimizer")
@@ -279,18 +278,13 @@ class Trainer:
         epoch, rest = divmod(self.done, self.engine.steps_per_epoch)
         if not every or not epoch or rest or epoch % every:
             return
-        accuracy = self.evaluation.accuracy(self.best_encoder())
+        accuracy = self.evaluation.accuracy(self.method.best_encoder())
         log.metrics.write(self.done, {"epoch": epoch, "knn_accuracy": accuracy})
         say(f"epoch {epoch}: kNN accuracy {100 * accuracy:.2f} %")
 
     def _is_evaluated(self) -> bool:
         lines = read_metrics(self.folder / "metrics.jsonl")
         return any(line["step"] == self.done and "knn_accuracy" in line for line in lines)
-
-    def best_encoder(self) -> MaskedAutoencoder:
-        """The network whose features are meant to be used: the teacher's where there is one."""
-        named = networks(self.method)
-        return named.get("teacher", self.method.student)
 
     def _save_is_due(self, last_save: float) -> bool:
         output = self.config.output
@@ -305,6 +299,7 @@ class Trainer:
         parts["optimizer"] = self.engine.optimizer.state_dict()
         state = {
             "identity": self.identity,
+            "stage": self.engine.stage,
             "config": to_dict(self.config),
             "precision": self.precision,
             "skipped_steps": self.skipped,
@@ -325,7 +320,7 @@ class Trainer:
         count = self.config.output.pictures
         try:
             write_loss_chart(self.folder)
-            if count:
+            if count and self.method.target == "pixels":
                 write_reconstructions(
                     self.folder / "reconstruction.png",
                     self.method,
