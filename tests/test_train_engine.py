@@ -20,16 +20,18 @@ SCHEDULES = json.loads((Path(__file__).parent / "golden" / "schedules.json").rea
 STEPS_PER_EPOCH = 4
 
 
-def network(dtype=torch.float32, **options):
+def network(dtype=torch.float32, model="nano", **options):
     torch.manual_seed(0)
-    return create_model("nano", norm_pix_loss=True, **options).to(dtype)
+    return create_model(model, norm_pix_loss=True, **options).to(dtype)
 
 
 def engine(method="rc_mae", dtype=torch.float32, precision="fp32", **changes) -> Engine:
     chosen = recipe(batch_size=32, **{"warmup_epochs": 0, **changes})
     return Engine(
         build_method(
-            method, chosen, network(dtype, **METHODS[method].student_options(chosen.drop_path))
+            method,
+            chosen,
+            network(dtype, chosen.model, **METHODS[method].student_options(chosen.drop_path)),
         ),
         chosen,
         precision=precision,

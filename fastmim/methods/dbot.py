@@ -141,7 +141,8 @@ class DBOT(Method):
     def _copy(self, depth: int) -> FrozenTeacher:
         """An encoder with the student's weights, as far as it has as many blocks."""
         with self._seeded("teacher"):
-            encoder = self.student.fresh_encoder(depth=depth)
+            encoder = self.student.fresh_encoder(depth=depth, drop_path=0.0)
+        encoder.to(self.student.patch_embed.proj.weight.dtype)
         state = {**encoder.state_dict(), **self.student.state_dict()}
         encoder.load_state_dict({name: state[name] for name in encoder.state_dict()})
         return FrozenTeacher(encoder)

@@ -166,11 +166,24 @@ class Trainer:
             f"{self.config.method} on {self.source.describe()}\n"
             f"{recipe.model}: {params:.1f} M parameters, {height} x {width} pixels, "
             f"{student.num_patches} patches, {self.engine.num_keep} visible\n"
+            f"{self._describe_teacher()}\n"
             f"{total} steps of {recipe.batch_size} images ({recipe.epochs} epochs), "
             f"lr {recipe.lr:.3g}, {self.precision} on {self.device}, threads: "
             f"{torch.get_num_threads()}, loading processes: {self.loader.workers or 'none'}\n"
             f"{self.folder}: {start}"
         )
+
+    def _describe_teacher(self) -> str:
+        """Size of the teacher that there is now."""
+        teacher = self.method.teacher
+        if teacher is None:
+            return "no teacher"
+        tensors = list(teacher.parameters())
+        size = sum(t.numel() * t.element_size() for t in tensors) / 2**20
+        follows = self.method.teacher_follows.replace("_", " ")
+        moves = "frozen" if follows == "never" else f"moves every {follows}"
+        count = sum(t.numel() for t in tensors) / 1e6
+        return f"teacher: {count:.1f} M parameters, {size:.1f} MiB, {moves}"
 
     def run(self) -> Outcome:
         """Train to the end, or until a signal, and leave checkpoint, metrics and pictures.
@@ -213,6 +226,7 @@ class Trainer:
     def _train(self, log: RunLog, received: list[signal.Signals]) -> None:
         """Steps until the end or a signal."""
         stop = min(self.engine.total_steps, self.config.stop_after or math.inf)
+        stage, stages = self.engine.stage, self.config.recipe.stages
         last_save = time.perf_counter()
         stream = iter(self.loader)
         if not self._is_evaluated():
@@ -221,6 +235,9 @@ class Trainer:
             begin, waited = time.perf_counter(), self.loader.wait_seconds
             batches = self._micro_batches(stream)
             result = self.engine.run_step(self.done, batches, self.loader.micro_steps)
+            if self.engine.stage != stage:
+                stage = self.engine.stage
+                say(f"stage {stage + 1} of {len(stages)}: {self._describe_teacher()}")
             self.done += 1
             self._guard(log, result)
             waited = self.loader.wait_seconds - waited
@@ -287,7 +304,10 @@ class Trainer:
         return any(line["step"] == self.done and "knn_accuracy" in line for line in lines)
 
     def _save_is_due(self, last_save: float) -> bool:
-        output = self.config.output
+        output, recipe = self.config.output, self.config.recipe
+        epoch, rest = divmod(self.done, self.engine.steps_per_epoch)
+        if not rest and any(epoch == end for _, end in recipe.stages[:-1]):
+            return True  # of a stage: the next step replaces the networks
         if output.checkpoint_every and self.done % output.checkpoint_every == 0:
             return True
         minutes = (time.perf_counter() - last_save) / 60
