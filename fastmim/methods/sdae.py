@@ -3,7 +3,7 @@
 from typing import Literal
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from fastmim.methods.base import Clock, Losses, Method, cosine_momentum
 from fastmim.nn import EMATeacher, Encoder, MaskedAutoencoder
@@ -71,7 +71,7 @@ class SdAE(Method):
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(seed)
             encoder = autoencoder.fresh_encoder(drop_path=0.0)
-            _initialize_as_timm(encoder)
+            encoder.initialize_as_timm()
         if teacher_init == "student":
             weights = autoencoder.state_dict()
             encoder.load_state_dict({name: weights[name] for name in encoder.state_dict()})
@@ -117,14 +117,3 @@ class SdAE(Method):
             momentum: In [0, 1]. Default: the momentum given at construction.
         """
         self.teacher.update_(self.student, self.momentum if momentum is None else momentum)
-
-
-@torch.no_grad()
-def _initialize_as_timm(encoder: Encoder) -> None:
-    """A plain ViT's weights: truncated normal, the position table too."""
-    encoder.patch_embed.proj.reset_parameters()
-    nn.init.trunc_normal_(encoder.pos_embed, std=0.02)
-    nn.init.trunc_normal_(encoder.cls_token, std=0.02)
-    for module in encoder.modules():
-        if isinstance(module, nn.Linear):
-            nn.init.trunc_normal_(module.weight, std=0.02)

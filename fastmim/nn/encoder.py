@@ -116,6 +116,17 @@ class Encoder(nn.Module):
             nn.init.normal_(self.mask_token, std=0.02)
         self.apply(_initialize_layer)
 
+    @torch.no_grad()
+    def initialize_as_timm(self) -> None:
+        """A plain ViT's weights: truncated normal matrices and position table, biases 0."""
+        self.initialize_weights()
+        self.patch_embed.proj.reset_parameters()
+        for tensor in (self.pos_embed, self.cls_token):
+            nn.init.trunc_normal_(tensor, std=0.02)
+        for module in self.modules():
+            if isinstance(module, nn.Linear):
+                nn.init.trunc_normal_(module.weight, std=0.02)
+
     def fresh_encoder(self, **changes) -> "Encoder":
         """An encoder of this kind, without decoder, with initial weights, on the CPU.
 
