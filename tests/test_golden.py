@@ -9,7 +9,7 @@ from torch import Tensor
 
 from fastmim import DBOT, MAE, OPS, RCMAE, SdAE, use_backend
 from fastmim.methods import Clock
-from fastmim.nn import Block, Blocks, MaskedAutoencoder, sincos_pos_embed
+from fastmim.nn import Block, Blocks, MaskedAutoencoder, resize_pos_embed, sincos_pos_embed
 from fastmim.ops import (
     adamw_ema_,
     ema_update_,
@@ -428,6 +428,15 @@ def test_position_table(width, side, golden_file):
     table = sincos_pos_embed(width, (side, side))
     accuracy.exact(table[0], recorded[f"sincos.d{width}.g{side}"])
     accuracy.exact(table[0, 1:], recorded[f"sincos.d{width}.g{side}.nocls"])
+
+
+@pytest.mark.parametrize("kind", ["sincos", "random"])
+@pytest.mark.parametrize(("width", "side", "new"), [(64, 4, 4), (64, 4, 6), (96, 6, 4)])
+def test_resized_position_table(kind, width, side, new, golden_file):
+    recorded = golden_file("pos_embed")
+    name = f"interp.{kind}.d{width}.g{side}to{new}"
+    found = resize_pos_embed(recorded[f"{name}.in"], (side, side), (new, new))
+    accuracy.golden(found, recorded[f"{name}.out"])
 
 
 @pytest.mark.parametrize("backend", OPS["ema_update_"].backends)

@@ -6,7 +6,7 @@ from typing import Literal, NamedTuple
 
 from torch import Tensor, nn
 
-from fastmim.nn import EMATeacher, Encoder, MaskedAutoencoder
+from fastmim.nn import Encoder, MaskedAutoencoder
 from fastmim.nn.teacher import Teacher
 from fastmim.ops import Masks, num_keep
 
@@ -64,6 +64,7 @@ class Method(nn.Module, ABC):
         teacher: The module that gives targets, or None.
         teacher_follows: When an EMA teacher moves: never, or after every micro-batch, optimizer
             step or epoch.
+        features_of: The network whose features are meant to be used.
         has_stages: Whether :meth:`begin_stage` can be called.
         mask_ratio: Fraction of patches removed.
 
@@ -73,6 +74,7 @@ class Method(nn.Module, ABC):
     """
 
     target = "pixels"
+    features_of: Literal["student", "teacher"] = "student"
     has_stages = False
     teacher_follows: Literal["never", "micro_step", "step", "epoch"] = "never"
     student: MaskedAutoencoder
@@ -137,7 +139,7 @@ class Method(nn.Module, ABC):
 
     def best_encoder(self) -> Encoder:
         """The network whose features are meant to be used."""
-        return self.teacher.module if isinstance(self.teacher, EMATeacher) else self.student
+        return self.teacher.module if self.features_of == "teacher" else self.student
 
     def masks_for(self, imgs: Tensor) -> Masks:
         """Random masks of ``mask_ratio``."""

@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from fastmim.methods.base import Losses, Method
-from fastmim.nn import Encoder, FrozenTeacher, MaskedAutoencoder
+from fastmim.nn import FrozenTeacher, MaskedAutoencoder
 from fastmim.ops import Masks, feature_loss
 
 
@@ -106,9 +106,6 @@ class DBOT(Method):
     def teach(self, imgs: Tensor, masks: Masks) -> Tensor:
         """(B, N + 1, D): features of the whole images, cls token first; or (B, N, D)."""
         return self.teacher(imgs, self.student, final_norm=self.teacher_norm)
-
-    def best_encoder(self) -> Encoder:
-        return self.student
 
     def begin_stage(self, stage: int) -> None:
         """The trained student becomes the teacher, unless another is given, and starts anew.

@@ -26,6 +26,8 @@ class RCMAE(Method):
         ValueError: If the ratio leaves no visible or no masked patch, or momentum is not in [0, 1].
     """
 
+    features_of = "teacher"
+
     def __init__(
         self,
         autoencoder: MaskedAutoencoder,

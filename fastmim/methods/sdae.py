@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from fastmim.methods.base import Clock, Losses, Method, cosine_momentum
-from fastmim.nn import EMATeacher, Encoder, MaskedAutoencoder
+from fastmim.nn import EMATeacher, MaskedAutoencoder
 from fastmim.ops import Masks, feature_loss, num_keep
 
 
@@ -106,9 +106,6 @@ class SdAE(Method):
 
     def teacher_momentum(self, clock: Clock) -> float:
         return cosine_momentum(self.momentum, clock.epoch / clock.epochs, self.momentum_end)
-
-    def best_encoder(self) -> Encoder:
-        return self.student
 
     def update_teacher(self, momentum: float | None = None) -> None:
         """Move the teacher towards the student; for loops that do not use ``fastmim.train``.

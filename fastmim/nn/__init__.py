@@ -4,7 +4,7 @@ from fastmim.nn.autoencoder import MaskedAutoencoder, Reconstruction
 from fastmim.nn.encoder import Encoder, Features
 from fastmim.nn.layers import Attention, Block, Blocks, Mlp
 from fastmim.nn.patch_embed import PatchEmbed
-from fastmim.nn.pos_embed import sincos_pos_embed
+from fastmim.nn.pos_embed import resize_pos_embed, sincos_pos_embed
 from fastmim.nn.teacher import EMATeacher, FrozenTeacher
 
 __all__ = [
@@ -19,5 +19,6 @@ __all__ = [
     "Mlp",
     "PatchEmbed",
     "Reconstruction",
+    "resize_pos_embed",
     "sincos_pos_embed",
 ]

@@ -1,7 +1,9 @@
 """From a configuration, or from a saved run, to the objects that train."""
 
+import contextlib
 import hashlib
 import inspect
+from collections.abc import Iterator
 from pathlib import Path
 
 import torch
@@ -10,9 +12,9 @@ from torch import nn
 from fastmim.data import Source
 from fastmim.methods import METHODS, Method
 from fastmim.models import MODELS, create_model, did_you_mean
-from fastmim.nn import MaskedAutoencoder
+from fastmim.nn import Encoder, FrozenTeacher, MaskedAutoencoder, resize_pos_embed
 from fastmim.train.checkpoint import Checkpoint, CheckpointError, check_parts, load
-from fastmim.train.config import Recipe, recipe_from_dict
+from fastmim.train.config import OWN_TEACHER, Recipe, recipe_from_dict
 from fastmim.train.folder import newest_checkpoint
 
 _NAMES = 1000  # of a data set, looked at to tell it from another one
@@ -58,6 +60,11 @@ def build_method(name: str, recipe: Recipe, autoencoder: MaskedAutoencoder) -> M
     cls = _method_class(name)
     known = set(inspect.signature(cls).parameters) & set(vars(recipe))
     options = {option: getattr(recipe, option) for option in known}
+    if options.get("teachers"):
+        options["teachers"] = [
+            None if path == OWN_TEACHER else load_teacher(path, autoencoder)
+            for path in options["teachers"]
+        ]
     # None, of options that are lists too: as the method has it.
     return cls(autoencoder, **{k: v for k, v in options.items() if v is not None})
 
@@ -138,6 +145,42 @@ def untrained_network(identity: dict) -> MaskedAutoencoder:
     )
 
 
+def load_teacher(path: str | Path, student: Encoder) -> FrozenTeacher:
+    """The encoder of a saved run, of any size and patch size, as teacher of a student.
+
+    It sees as many patches as the student: its position table is interpolated to their grid, and
+    with another patch size its images are resized.
+
+    Args:
+        path: Folder of a run, or of one checkpoint, of any method.
+        student: Tells the grid of patches and the channels.
+
+    Raises:
+        CheckpointError: If there is no valid checkpoint, or the images have other channels.
+    """
+    found = _checkpoint_at(path)
+    with _of_a_run(found):
+        identity = found.state["identity"]
+        network = untrained_network(identity)
+        depths = identity["recipe"].get("stage_depths")
+        part = _method_class(identity["method"]).features_of
+    if network.patch_embed.in_chans != student.patch_embed.in_chans:
+        raise CheckpointError(
+            f"{found.path}: a teacher of {network.patch_embed.in_chans} channels for a student of "
+            f"{student.patch_embed.in_chans}"
+        )
+    size = tuple(side * network.patch_size for side in student.grid_size)
+    depth = depths[found.state["stage"]] if depths else len(network.blocks)
+    encoder = network.fresh_encoder(img_size=size, depth=depth, drop_path=0.0)
+    saved = found.parts[part]
+    table = resize_pos_embed(saved["pos_embed"], network.grid_size, student.grid_size)
+    wanted = encoder.state_dict()
+    state = {**{name: saved[name] for name in wanted if name in saved}, "pos_embed": table}
+    check_parts(state, wanted, f"{found.path}: teacher")
+    encoder.load_state_dict(state)
+    return FrozenTeacher(encoder, img_size=size)
+
+
 def restore_run(path: str | Path) -> tuple[Checkpoint, Method]:
     """The method of a saved run with its newest valid weights.
 
@@ -147,6 +190,18 @@ def restore_run(path: str | Path) -> tuple[Checkpoint, Method]:
     Raises:
         CheckpointError: If there is no valid checkpoint.
     """
+    found = _checkpoint_at(path)
+    with _of_a_run(found):
+        identity = found.state["identity"]
+        recipe = recipe_from_dict(identity["recipe"])
+        method = build_method(identity["method"], recipe, untrained_network(identity))
+        for stage in range(1, found.state.get("stage", 0) + 1):
+            method.begin_stage(stage)
+    load_parts(method, found)
+    return found, method
+
+
+def _checkpoint_at(path: str | Path) -> Checkpoint:
     path = Path(path)
     found = load(path) if (path / "manifest.json").is_file() else newest_checkpoint(path)
     if found is None:
@@ -154,15 +209,15 @@ def restore_run(path: str | Path) -> tuple[Checkpoint, Method]:
             f"{path}: holds no checkpoint; expected the folder of a run that fastmim pretrain has "
             "written"
         )
+    return found
+
+
+@contextlib.contextmanager
+def _of_a_run(found: Checkpoint) -> Iterator[None]:
+    """Say of a state without the entries of a run that it is none."""
     try:
-        identity = found.state["identity"]
-        recipe = recipe_from_dict(identity["recipe"])
-        method = build_method(identity["method"], recipe, untrained_network(identity))
-        for stage in range(1, found.state.get("stage", 0) + 1):
-            method.begin_stage(stage)
+        yield
     except (KeyError, TypeError) as error:
         raise CheckpointError(
             f"{found.path}: not of a pre-training run, or of another version of fastmim: {error}"
         ) from error
-    load_parts(method, found)
-    return found, method

@@ -7,6 +7,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal, get_args, get_origin, get_type_hints
 
+OWN_TEACHER = "own"  # in Recipe.teachers; anything else is a path
+
 
 @dataclass(frozen=True)
 class Recipe:
