@@ -7,11 +7,13 @@ import importlib
 from importlib.metadata import PackageNotFoundError, version
 
 _HOMES = {
+    "DBOT": "fastmim.methods",
     "MAE": "fastmim.methods",
     "METHODS": "fastmim.methods",
     "MODELS": "fastmim.models",
     "OPS": "fastmim.ops",
     "RCMAE": "fastmim.methods",
+    "SdAE": "fastmim.methods",
     "create_model": "fastmim.models",
     "use_backend": "fastmim.ops",
 }

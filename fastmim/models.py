@@ -19,6 +19,9 @@ _DECODERS = {
     "dec64d2b": (64, 2, 4),
     "dec128d2b": (128, 2, 4),
     "dec256d4b": (256, 4, 8),
+    "dec512d2b": (512, 2, 16),
+    "dec512d4b": (512, 4, 16),
+    "dec512d6b": (512, 6, 16),
     "dec512d8b": (512, 8, 16),
 }
 _BODIES = {
@@ -33,11 +36,15 @@ _BODIES = {
 }
 # Decoder meant when the name has no suffix, as the authors' factories have it.
 _DEFAULT_DECODER = {
-    ("mae", "micro"): "dec64d2b",
-    ("rc", "micro"): "dec64d2b",
-    ("mae", "tiny"): "dec128d2b",
-    ("rc", "tiny"): "dec128d2b",
-    ("rc", "small"): "dec256d4b",
+    "mae": {"micro": "dec64d2b", "tiny": "dec128d2b"},
+    "rc": {"micro": "dec64d2b", "tiny": "dec128d2b", "small": "dec256d4b"},
+}
+# prefix: what the methods of that name predict
+_TARGETS = {
+    "mae": {},
+    "rc": {},
+    "dbot": {"target": "tokens"},
+    "sdae": {"target": "features"},
 }
 
 
@@ -57,12 +64,12 @@ def _sizes(body: str, decoder: str) -> dict:
 
 def _table() -> dict[str, dict]:
     table = {}
-    for prefix in ("mae", "rc"):
+    for prefix, target in _TARGETS.items():
         for body in _BODIES:
-            default = _DEFAULT_DECODER.get((prefix, body.split("_")[1]), "dec512d8b")
-            table[f"{prefix}_{body}"] = _sizes(body, default)
-            for decoder in _DECODERS:
-                table[f"{prefix}_{body}_{decoder}"] = _sizes(body, decoder)
+            decoders = _DEFAULT_DECODER["mae" if prefix in ("dbot", "sdae") else prefix]
+            default = decoders.get(body.split("_")[1], "dec512d8b")
+            for name, decoder in {"": default, **{f"_{d}": d for d in _DECODERS}}.items():
+                table[f"{prefix}_{body}{name}"] = {**_sizes(body, decoder), **target}
     return table
 
 
@@ -83,8 +90,9 @@ def create_model(name: str, **kwargs) -> MaskedAutoencoder:
     Args:
         name: ``mae_vit_{tiny,small,base,large}_patch16``, ``mae_vit_huge_patch14`` or ``_patch16``,
             ``mae_vit_micro_patch4`` or ``_patch8`` (32-pixel images); the decoder may be named by
-            a suffix (``_dec512d8b``, ``_dec256d4b``, ``_dec128d2b``, ``_dec64d2b``). With the
-            prefix ``rc_`` the default decoders are those of RC-MAE (ViT-S: 256 wide, 4 deep).
+            a suffix (``_dec512d8b``, ``_dec256d4b``, ``_dec128d2b``, ``_dec64d2b``, ...). With the
+            prefix ``rc_`` the default decoders are those of RC-MAE (ViT-S: 256 wide, 4 deep); with
+            ``dbot_`` and ``sdae_`` the network predicts features, as these methods need it.
         **kwargs: Arguments of :class:`fastmim.nn.MaskedAutoencoder`, which win over the table:
             ``img_size`` (a number or (H, W)), ``in_chans``, ``norm_pix_loss``, ...
 

@@ -8,15 +8,16 @@ import pytest
 import torch
 from torch import nn
 
-from fastmim import MAE, RCMAE, create_model
-from fastmim.compat import models_mae, models_rc
+from fastmim import DBOT, MAE, RCMAE, SdAE, create_model
+from fastmim.compat import models_dbot, models_mae, models_rc, models_sdae
 from fastmim.nn import MaskedAutoencoder
 from fastmim.ops import masks_from_shuffle
 from tests import accuracy
 
 # (32, 8, 3, 64, 2, 2, 32, 1, 1, 4.0, norm_layer, norm_pix_loss): the authors' positional order
 SIZES = (32, 8, 3, 64, 2, 2, 32, 1, 1, 4.0, partial(nn.LayerNorm, eps=1e-6))
-CLASSES = [models_mae.MaskedAutoencoderViT, models_rc.MaskedAutoencoderViT]
+MODULES = [models_mae, models_rc, models_dbot, models_sdae]
+CLASSES = [module.MaskedAutoencoderViT for module in MODULES]
 
 
 def build(cls, state, norm_pix, **kwargs):
@@ -96,6 +97,58 @@ def test_rc_mae_as_the_training_loop_calls_it(golden_file, monkeypatch):
     assert_gradients(student, part(golden_file("rc_mae_grads"), "grad."))
 
 
+@pytest.mark.parametrize("source", ["torch.rand", "ids_shuffle"])
+@pytest.mark.parametrize("tlayernorm", [0, 1])
+def test_dbot_as_the_training_loop_calls_it(source, tlayernorm, golden_file, monkeypatch):
+    recorded = golden_file("dbot")
+    student = models_dbot.MaskedAutoencoderViT(*SIZES, norm_feature_loss=True)
+    student.load_state_dict(part(recorded, "model."))
+    teacher = models_dbot.MaskedAutoencoderViT(*SIZES[:7], decoder_depth=0, norm_layer=SIZES[-1])
+    teacher.load_state_dict(part(recorded, "teacher."))
+    given = {"ids_shuffle": recorded["ids_shuffle"]} if source == "ids_shuffle" else {}
+    feed_noise(monkeypatch, recorded["noise"])
+    wrapped = nn.ModuleDict({"module": teacher})  # as DistributedDataParallel names it
+    for of in (teacher, wrapped):
+        loss, pred, mask = student(
+            recorded["imgs"], of, mask_ratio=0.75, tlayernorm=tlayernorm, **given
+        )
+        name = "loss_target_final_norm" if tlayernorm else "loss"
+        accuracy.golden(loss.reshape(1), recorded[name])
+    accuracy.golden(pred, recorded["pred"])
+    accuracy.exact(mask, recorded["mask"])
+    loss.backward()
+    assert all(p.grad is None for p in teacher.parameters())
+    if not tlayernorm:
+        assert_gradients(student, part(golden_file("dbot_grads"), "grad."))
+
+
+@pytest.mark.parametrize("source", ["torch.rand", "ids_shuffle"])
+def test_sdae_as_the_training_loop_calls_it(source, golden_file, monkeypatch):
+    recorded = golden_file("sdae")
+    student = models_sdae.MaskedAutoencoderViT(*SIZES)
+    student.load_state_dict(part(recorded, "model."))
+    teacher = models_sdae.VisionTransformer(
+        img_size=32, patch_size=8, embed_dim=64, depth=2, num_heads=2
+    )
+    teacher.load_state_dict(part(recorded, "teacher."))
+    given = {"ids_shuffle": recorded["ids_shuffle"]} if source == "ids_shuffle" else {}
+    feed_noise(monkeypatch, recorded["noise"])
+    imgs = recorded["imgs"]
+    pred, mask, ids_unkeep = student(imgs, 0.75, **given)
+    accuracy.golden(pred, recorded["pred"])
+    accuracy.exact(mask, recorded["mask"])
+    accuracy.exact(ids_unkeep, recorded["ids_mask"])
+    accuracy.golden(teacher(imgs, ids_unkeep, 12, 3), recorded["teacher_output"])
+    assert teacher(imgs, ids_unkeep).shape == (3, 16, 64)
+    for name, count, folds in (
+        ("single_fold.target", 12, None),
+        ("truncated.target_folds", int(recorded["truncated.shrink_num"]), 3),
+    ):
+        tokens = teacher(imgs, ids_unkeep, count, folds)
+        variance, mean = torch.var_mean(tokens, dim=-1, keepdim=True)
+        accuracy.golden((tokens - mean) / (variance + 1e-6).sqrt(), recorded[name])
+
+
 def test_constructors_take_the_published_positions_and_defaults():
     published = dict(
         img_size=224,
@@ -111,9 +164,15 @@ def test_constructors_take_the_published_positions_and_defaults():
         norm_layer=nn.LayerNorm,
         norm_pix_loss=False,
     )
-    for cls, more in zip(CLASSES, ({}, {"compute_loss": True}), strict=True):
+    sizes = {name: value for name, value in published.items() if name != "norm_pix_loss"}
+    for cls, expected in (
+        (CLASSES[0], published),
+        (CLASSES[1], {**published, "compute_loss": True}),
+        (CLASSES[2], {**sizes, "norm_feature_loss": False, "drop_path_rate": 0.0}),
+        (CLASSES[3], {**sizes, "drop_path": 0.0, "norm_pix_loss": False}),
+    ):
         found = {n: p.default for n, p in inspect.signature(cls).parameters.items()}
-        assert list(found.items()) == list({**published, **more}.items())
+        assert list(found.items()) == list(expected.items())
 
 
 @pytest.mark.parametrize(
@@ -147,7 +206,60 @@ def test_factory_has_the_published_size_and_eps(module, name, millions):
     assert {m.eps for m in model.modules() if isinstance(m, nn.LayerNorm)} == {1e-6}
 
 
-@pytest.mark.parametrize("cls", CLASSES)
+@pytest.mark.parametrize(
+    ("module", "name", "shape"),
+    [
+        (module, f"mae_vit_{size}", shape)
+        for module in (models_dbot, models_sdae)
+        for size, shape in (
+            ("base_patch16", (768, 12, 512, 8)),
+            ("base_patch16_dec512d8b", (768, 12, 512, 8)),
+            ("large_patch16", (1024, 24, 512, 8)),
+            ("huge_patch14", (1280, 32, 512, 8)),
+            ("small_patch16", (384, 12, 512, 8)),
+            ("base_patch16_dec512d2b", (768, 12, 512, 2)),
+            ("base_patch16_dec512d4b", (768, 12, 512, 4)),
+            ("base_patch16_dec512d6b", (768, 12, 512, 6)),
+        )
+        if module is models_sdae or "small" not in size
+        if module is models_sdae or size[-3:] not in ("d2b", "d4b", "d6b")
+    ],
+)
+def test_factory_of_a_network_that_predicts_features(module, name, shape):
+    with torch.device("meta"):
+        model = module.__dict__[name]()
+    assert shape == (
+        model.embed_dim, len(model.blocks), model.decoder_embed.out_features,
+        len(model.decoder_blocks),
+    )  # fmt: skip
+    assert model.head.out_features == model.embed_dim
+    assert {m.eps for m in model.modules() if isinstance(m, nn.LayerNorm)} == {1e-6}
+
+
+@pytest.mark.parametrize("name", ["small_patch16", "base_patch16", "large_patch16", "huge_patch14"])
+def test_sdae_teacher_has_the_encoder_of_its_student(name):
+    with torch.device("meta"):
+        teacher = models_sdae.__dict__[f"vit_{name}"]()
+        student = models_sdae.__dict__[f"mae_vit_{name}"]()
+    for key, tensor in teacher.state_dict().items():
+        assert student.state_dict()[key].shape == tensor.shape
+
+
+@pytest.mark.parametrize(("method", "cls"), [(DBOT, CLASSES[2]), (SdAE, CLASSES[3])])
+def test_library_methods_train_networks_that_predict_features(method, cls):
+    model = cls(*SIZES)
+    plain = MaskedAutoencoder(
+        img_size=32, patch_size=8, embed_dim=64, depth=2, num_heads=2, decoder_embed_dim=32,
+        decoder_depth=1, decoder_num_heads=1, target=method.target,
+    )  # fmt: skip
+    plain.load_state_dict(model.state_dict())
+    assert list(model.state_dict()) == list(plain.state_dict())
+    imgs = torch.randn(2, 3, 32, 32)
+    masks = masks_from_shuffle(torch.rand(2, 16).argsort(dim=1), 4)
+    accuracy.exact(method(model)(imgs, masks).total, method(plain)(imgs, masks).total)
+
+
+@pytest.mark.parametrize("cls", CLASSES[:2])
 def test_state_dict_is_that_of_the_library(cls):
     ours = MaskedAutoencoder(
         img_size=32, patch_size=8, embed_dim=64, depth=2, num_heads=2, decoder_embed_dim=32,
@@ -158,7 +270,7 @@ def test_state_dict_is_that_of_the_library(cls):
     theirs.load_state_dict(ours.state_dict())
 
 
-@pytest.mark.parametrize("cls", CLASSES)
+@pytest.mark.parametrize("cls", CLASSES[:2])
 def test_library_methods_train_it(cls):
     model = cls(*SIZES, True)
     plain = create_model(

@@ -1,4 +1,4 @@
-"""MAE and RC-MAE against numbers recorded from the authors' code (tests/golden/README.md)."""
+"""All methods against numbers recorded from the authors' code (tests/golden/README.md)."""
 
 import json
 from pathlib import Path
@@ -7,8 +7,9 @@ import pytest
 import torch
 from torch import Tensor
 
-from fastmim import MAE, OPS, RCMAE, use_backend
-from fastmim.nn import MaskedAutoencoder, sincos_pos_embed
+from fastmim import DBOT, MAE, OPS, RCMAE, SdAE, use_backend
+from fastmim.methods import Clock
+from fastmim.nn import Block, Blocks, MaskedAutoencoder, resize_pos_embed, sincos_pos_embed
 from fastmim.ops import (
     adamw_ema_,
     ema_update_,
@@ -43,6 +44,8 @@ KEYS = [
     *(f"{layer}.{name}" for layer in ("decoder_norm", "decoder_pred") for name in LINEAR),
 ]
 KEPT = 4
+FOLDS = 3
+SCHEDULES = json.loads((Path(__file__).parent / "golden" / "schedules.json").read_text())
 GAMMA, MOMENTUM = 1.0, 0.996
 TERMS = {"loss": "total", "s_loss": "pixel", "consistency_loss": "consistency"}
 
@@ -51,8 +54,8 @@ def part(recorded: dict[str, Tensor], prefix: str) -> dict[str, Tensor]:
     return {k.removeprefix(prefix): v for k, v in recorded.items() if k.startswith(prefix)}
 
 
-def autoencoder(state: dict[str, Tensor], norm_pix: bool) -> MaskedAutoencoder:
-    model = MaskedAutoencoder(norm_pix_loss=norm_pix, **SIZES)
+def autoencoder(state: dict[str, Tensor], norm_pix: bool = False, **more) -> MaskedAutoencoder:
+    model = MaskedAutoencoder(norm_pix_loss=norm_pix, **{**SIZES, **more})
     model.load_state_dict(state)
     return model
 
@@ -79,8 +82,7 @@ def backend(request):
 def test_weights_have_the_published_names_in_the_published_order(golden_file):
     assert list(MaskedAutoencoder(**SIZES).state_dict()) == KEYS
     assert set(part(golden_file("mae_pix"), "model.")) == set(KEYS)
-    schedules = json.loads((Path(__file__).parent / "golden" / "schedules.json").read_text())
-    for group in schedules["pretrain_param_groups"]["mae"]["groups_in_order"]:
+    for group in SCHEDULES["pretrain_param_groups"]["mae"]["groups_in_order"]:
         assert [key for key in KEYS if key in group["names"]] == group["names"]
 
 
@@ -242,12 +244,199 @@ def test_trajectory_in_double(prefix, golden_file):
                 accuracy.golden_weights(got[name], expected[name])
 
 
+def dbot(recorded: dict[str, Tensor], teacher: str = "teacher.", **options) -> DBOT:
+    student = autoencoder(part(recorded, "model."), target="tokens")
+    method = DBOT(student, teacher_depth=0 if teacher.startswith("depth0") else None, **options)
+    method.teacher.module.load_state_dict(part(recorded, teacher))
+    return method
+
+
+@pytest.mark.usefixtures("backend")
+def test_dbot(golden_file):
+    recorded = golden_file("dbot")
+    method = dbot(recorded)
+    imgs, masks = recorded["imgs"], masks_from_noise(recorded["noise"], KEPT)
+    accuracy.exact(torch.cat([torch.ones(3, 1), masks.mask], dim=1), recorded["mask"])
+    accuracy.golden(method.student.forward_encoder(imgs, masks), recorded["latent"])
+    accuracy.golden(method.student.predict(imgs, masks, full=True), recorded["pred"])
+    accuracy.golden(method.teach(imgs, masks), recorded["target"])
+    losses = method(imgs, masks)
+    for loss in (losses.total, losses.terms["feature"]):
+        accuracy.golden(loss.reshape(1), recorded["loss"])
+    losses.total.backward()
+    assert_gradients(method.student, part(golden_file("dbot_grads"), "grad."))
+
+
+@pytest.mark.usefixtures("backend")
+@pytest.mark.parametrize(("loss", "teacher", "options"), [
+    ("loss", "teacher.", {}),
+    ("loss_target_final_norm", "teacher.", {"teacher_norm": True}),
+    ("loss_unnormalized_target", "teacher.", {"norm_features": False}),
+    ("depth0.loss", "depth0.teacher.", {}),
+])  # fmt: skip
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_dbot_variants(loss, teacher, options, dtype, golden_file):
+    recorded = golden_file("dbot")
+    method = dbot(recorded, teacher, **options).to(dtype)
+    found = method(recorded["imgs"].to(dtype), masks_from_noise(recorded["noise"], KEPT)).total
+    suffix = "" if dtype == torch.float32 else "_fp64"
+    accuracy.golden(found.reshape(1), recorded[loss + suffix])
+
+
+def test_dbot_teacher_without_blocks(golden_file):
+    recorded = golden_file("dbot")
+    method = dbot(recorded, "depth0.teacher.")
+    assert set(method.teacher.module.state_dict()) == set(part(recorded, "depth0.teacher."))
+    accuracy.golden(method.teach(recorded["imgs"], None), recorded["depth0.target"])
+
+
+@pytest.mark.usefixtures("backend")
+def test_dbot_with_stochastic_depth(golden_file):
+    recorded = golden_file("dbot")
+    method = dbot(recorded)
+    rate = recorded["droppath.rates"].max().item()
+    method.student = autoencoder(
+        part(recorded, "model."), target="tokens", drop_path=rate, decoder_drop_path=rate
+    )
+    imgs, masks = recorded["imgs"], masks_from_noise(recorded["noise"], KEPT)
+    draws = recorded["droppath.draws"].T
+    pred = method.student.predict(imgs, masks, full=True, draws=draws)
+    accuracy.golden(pred, recorded["droppath.pred"])
+    loss = method(imgs, masks, draws=draws).total
+    accuracy.golden(loss.reshape(1), recorded["droppath.loss"])
+    loss.backward()
+    norms = {n: p.grad.norm() for n, p in method.student.named_parameters() if p.requires_grad}
+    assert norms.keys() == part(recorded, "droppath.gradnorm.").keys()
+    for name, expected in part(recorded, "droppath.gradnorm.").items():
+        accuracy.golden(norms[name].reshape(1), expected.float().reshape(1))
+    method.eval()  # nothing is dropped
+    accuracy.golden(method(imgs, masks).total.reshape(1), recorded["loss"])
+
+
+@pytest.mark.parametrize(("method", "option", "part"), [
+    ("dbot", "drop_path_rate", "encoder"),
+    ("dbot", "drop_path_rate", "decoder"),
+    ("sdae", "drop_path", "encoder"),
+])  # fmt: skip
+def test_rates_of_stochastic_depth(method, option, part):
+    for recorded in SCHEDULES[f"{method}_drop_path_rates"]:
+        rates = recorded[part]
+        blocks = (Block(4, 1, 1.0, torch.nn.LayerNorm) for _ in rates)
+        found = Blocks(blocks, recorded[option]).rates
+        accuracy.golden(torch.tensor(found), torch.tensor(rates))
+
+
+def test_dbot_stage_switch_keeps_what_the_released_code_keeps(golden_file):
+    recorded, switch = golden_file("dbot"), SCHEDULES["dbot_stage_switch"]
+    method = dbot(recorded)
+    trained = {n: p.clone() for n, p in method.student.state_dict().items()}
+    method.begin_stage(1)
+    teacher, student = method.teacher.module.state_dict(), method.student.state_dict()
+    assert set(teacher) == set(switch["teacher_receives"])
+    for name, tensor in teacher.items():
+        accuracy.exact(tensor, trained[name])
+    kept = {name for name in student if torch.equal(student[name], trained[name])}
+    assert kept == set(switch["not_reinitialised"])
+
+
+def sdae(recorded: dict[str, Tensor], **options) -> SdAE:
+    method = SdAE(autoencoder(part(recorded, "model."), target="features"), **options)
+    method.teacher.module.load_state_dict(part(recorded, "teacher."))
+    return method
+
+
+def normalised(tokens: Tensor) -> Tensor:
+    variance, mean = torch.var_mean(tokens, dim=-1, keepdim=True)
+    return (tokens - mean) / (variance + 1e-6).sqrt()
+
+
+@pytest.mark.usefixtures("backend")
+def test_sdae(golden_file):
+    recorded = golden_file("sdae")
+    method = sdae(recorded, folds=FOLDS, cosine_dim="token")
+    imgs, masks = recorded["imgs"], masks_from_noise(recorded["noise"], KEPT)
+    accuracy.exact(masks.ids_masked, recorded["ids_mask"])
+    accuracy.golden(method.student.forward_encoder(imgs, masks), recorded["latent"])
+    accuracy.golden(method.student.predict(imgs, masks, full=True), recorded["pred"])
+    pred = method.student.predict(imgs, masks)
+    accuracy.golden(pred.reshape(9, 4, 64), recorded["pred_folds"])
+    target = method.teach(imgs, masks)
+    accuracy.golden(target, recorded["teacher_output"])
+    accuracy.golden(normalised(target), recorded["target_folds"])
+    losses = method(imgs, masks)
+    for loss in (losses.total, losses.terms["feature"]):
+        accuracy.golden(loss.reshape(1), recorded["loss"])
+    losses.total.backward()
+    assert_gradients(method.student, part(golden_file("sdae_grads"), "grad."))
+
+
+@pytest.mark.usefixtures("backend")
+@pytest.mark.parametrize(("loss", "folds", "cosine_dim"), [
+    ("loss", FOLDS, "token"),
+    ("loss_feature_axis", FOLDS, "feature"),
+    ("single_fold.loss", 1, "token"),
+    ("single_fold.loss_feature_axis", 1, "feature"),
+    ("no_shrink.loss", 0, "feature"),
+])  # fmt: skip
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_sdae_variants(loss, folds, cosine_dim, dtype, golden_file):
+    recorded = golden_file("sdae")
+    suffix = "" if dtype == torch.float32 else "_fp64"
+    if loss + suffix not in recorded:
+        pytest.skip("not recorded in double")
+    method = sdae(recorded, folds=folds, cosine_dim=cosine_dim).to(dtype)
+    found = method(recorded["imgs"].to(dtype), masks_from_noise(recorded["noise"], KEPT)).total
+    accuracy.golden(found.reshape(1), recorded[loss + suffix])
+
+
+@pytest.mark.usefixtures("backend")
+def test_sdae_gradient_of_the_similarity_over_features(golden_file):
+    recorded = golden_file("sdae")
+    method = sdae(recorded, folds=FOLDS)
+    method(recorded["imgs"], masks_from_noise(recorded["noise"], KEPT)).total.backward()
+    for name, expected in part(recorded, "feature_axis.gradnorm.").items():
+        norm = method.student.get_parameter(name).grad.norm()
+        accuracy.golden(norm.reshape(1), expected.float().reshape(1))
+
+
+@pytest.mark.usefixtures("backend")
+def test_sdae_teacher_after_one_update(golden_file):
+    method = sdae(golden_file("sdae"), momentum=0.96)
+    method.update_teacher()
+    after = part(golden_file("sdae_ema"), "teacher_after.")
+    keys = SCHEDULES["sdae_ema_keys"]
+    assert method.teacher.module.state_dict().keys() == after.keys() == set(keys["updated"])
+    assert method.teacher.pairs(method.student).keys() == set(keys["updated"])
+    assert set(method.student.state_dict()) - set(keys["updated"]) == set(keys["not_used"])
+    for name, tensor in method.teacher.module.state_dict().items():
+        accuracy.golden(tensor, after[name])
+
+
+def test_sdae_momentum_is_read_at_the_epoch():
+    recorded = SCHEDULES["sdae_momentum"][0]
+    assert recorded["warmup_epochs"] == 0
+    student = MaskedAutoencoder(target="features", **SIZES)
+    method = SdAE(student, momentum=recorded["base"], momentum_end=recorded["final"])
+    found = [method.teacher_momentum(Clock(step, 4, recorded["epochs"])) for step in range(40)]
+    expected = [value for value in recorded["values"] for _ in range(4)]
+    accuracy.golden(*(torch.tensor(v, dtype=torch.float64) for v in (found, expected)))
+
+
 @pytest.mark.parametrize(("width", "side"), [(64, 4), (96, 6)])
 def test_position_table(width, side, golden_file):
     recorded = golden_file("pos_embed")
     table = sincos_pos_embed(width, (side, side))
     accuracy.exact(table[0], recorded[f"sincos.d{width}.g{side}"])
     accuracy.exact(table[0, 1:], recorded[f"sincos.d{width}.g{side}.nocls"])
+
+
+@pytest.mark.parametrize("kind", ["sincos", "random"])
+@pytest.mark.parametrize(("width", "side", "new"), [(64, 4, 4), (64, 4, 6), (96, 6, 4)])
+def test_resized_position_table(kind, width, side, new, golden_file):
+    recorded = golden_file("pos_embed")
+    name = f"interp.{kind}.d{width}.g{side}to{new}"
+    found = resize_pos_embed(recorded[f"{name}.in"], (side, side), (new, new))
+    accuracy.golden(found, recorded[f"{name}.out"])
 
 
 @pytest.mark.parametrize("backend", OPS["ema_update_"].backends)

@@ -6,13 +6,17 @@ import pytest
 import torch
 
 from fastmim import MAE, METHODS, RCMAE, create_model
-from fastmim.methods import cosine_momentum
+from fastmim.methods import Clock, cosine_momentum
 from fastmim.ops import num_keep
 from tests import accuracy
 
 
 def micro(**kwargs):
     return create_model("mae_vit_micro_patch4", embed_dim=64, depth=2, norm_pix_loss=True, **kwargs)
+
+
+def build(name, drop_path=0.0, **kwargs):
+    return METHODS[name](micro(**METHODS[name].student_options(drop_path)), **kwargs)
 
 
 @pytest.fixture
@@ -36,16 +40,20 @@ def test_mae_loss_is_that_of_its_model(imgs):
     assert not losses.terms["pixel"].requires_grad
     assert method.teacher is None
     with pytest.raises(ValueError, match="MAE has no teacher"):
-        method.teacher_momentum(0.5)
+        method.teacher_momentum(Clock(2, 2, 2))
+    with pytest.raises(ValueError, match="MAE is trained in one stage"):
+        method.begin_stage(1)
 
 
 @pytest.mark.parametrize("name", METHODS)
 def test_masks_are_drawn_with_the_ratio_of_the_method(name, imgs, monkeypatch):
-    method = METHODS[name](micro(), mask_ratio=0.5)
+    method = build(name, mask_ratio=0.5, **({"folds": 4} if name == "sdae" else {}))
     seen = []
     predict = method.student.predict
     monkeypatch.setattr(
-        method.student, "predict", lambda imgs, masks: seen.append(masks) or predict(imgs, masks)
+        method.student,
+        "predict",
+        lambda imgs, masks, **more: seen.append(masks) or predict(imgs, masks, **more),
     )
     torch.manual_seed(1)
     first = method(imgs).total
@@ -58,7 +66,7 @@ def test_masks_are_drawn_with_the_ratio_of_the_method(name, imgs, monkeypatch):
 @pytest.mark.parametrize("ratio", [0.0, 1.0, 0.999, float("nan")])
 def test_ratio_without_visible_or_masked_patches_is_refused_at_construction(name, ratio):
     with pytest.raises(ValueError, match="mask_ratio"):
-        METHODS[name](micro(), mask_ratio=ratio)
+        build(name, mask_ratio=ratio)
 
 
 @pytest.mark.parametrize("momentum", [-0.1, 1.1, float("nan")])
@@ -110,7 +118,7 @@ def test_update_teacher_follows_the_student(imgs):
 
 def test_momentum_rises_to_one_along_a_cosine():
     method = RCMAE(micro(), momentum=0.996)
-    values = [method.teacher_momentum(i / 100) for i in range(101)]
+    values = [method.teacher_momentum(Clock(i, 4, 25)) for i in range(101)]
     for step, expected in ((0, 0.996), (50, 0.998), (100, 1.0)):
         accuracy.scalar(values[step], expected, torch.float32)
     assert values == sorted(values)
@@ -118,15 +126,17 @@ def test_momentum_rises_to_one_along_a_cosine():
 
 
 @pytest.mark.parametrize("name", METHODS)
-def test_compiled_method_equals_eager(name, imgs):
+@pytest.mark.parametrize("drop_path", [0.0, 0.5])
+def test_compiled_method_equals_eager(name, drop_path, imgs):
     torch.compiler.reset()
-    eager = METHODS[name](micro())
+    eager = build(name, drop_path)
     if name == "rc_mae":
         perturbed(eager)
     compiled = copy.deepcopy(eager)
     call = torch.compile(compiled, fullgraph=True, backend="aot_eager")
     masks = eager.student.random_masks(2, 0.75, imgs.device)
-    losses, expected = call(imgs, masks), eager(imgs, masks)
+    draws = torch.rand(2, eager.student.num_draws)
+    losses, expected = call(imgs, masks, draws=draws), eager(imgs, masks, draws=draws)
     accuracy.golden(losses.total.detach(), expected.total.detach())
     for term, value in expected.terms.items():
         accuracy.golden(losses.terms[term], value)
@@ -140,7 +150,7 @@ def test_compiled_method_equals_eager(name, imgs):
 
 @pytest.mark.parametrize("name", METHODS)
 def test_autocast_stays_near_float32(name, imgs):
-    method = METHODS[name](micro())
+    method = build(name)
     masks = method.student.random_masks(2, 0.75, imgs.device)
     with torch.autocast("cpu", dtype=torch.bfloat16):
         losses = method(imgs, masks)

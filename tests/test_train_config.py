@@ -24,6 +24,16 @@ REFUSED = [
         "betas": [(0.9, 1.0), (-0.1, 0.9)],
         "adam_eps": [0.0],
         "clip_grad": [0.0, math.nan],
+        "drop_path": [-0.1, 1.0, math.nan],
+        "momentum_end": [-0.1, 1.1, math.nan],
+        "folds": [-1],
+        "cosine_dim": ["patch"],
+        "teacher_update": ["never"],
+        "teacher_init": ["random"],
+        "stage_epochs": [(0,), (0, 400), (0, 400, 400, 800), (0, 500, 400, 800), (1, 800)],
+        "stage_depths": [(), (0,), (12, 12)],
+        "teacher_depth": [-1],
+        "teachers": [("own", "own"), ("",)],
         "gamma": [-1.0],
         "momentum": [-0.1, 1.1, math.nan],
         "momentum_schedule": ["offical"],
@@ -61,6 +71,7 @@ def test_value_out_of_range_is_refused_by_name(group, option, name, value):
 def test_every_number_has_a_rule():
     """Of the options that are not names, only these take any value."""
     free = {"norm_pix", "img_size", "crop_scale", "crop_aspect", "hflip", "knn_at_end"}
+    free |= {"stage_carry", "projection"}
     words = {"str", "str | None", "Path"}
     for group, _, options in REFUSED:
         for field in dataclasses.fields(group):
@@ -94,6 +105,36 @@ def test_preset_is_a_recipe_with_a_source(name):
     assert recipe.model in MODELS
     Efficiency(**preset.efficiency)
     Evaluation(**preset.eval)
+
+
+@pytest.mark.parametrize("stages", [2, 3])
+@pytest.mark.parametrize(("size", "drop_path", "teacher_depth", "clip_grad"), [
+    ("base", 0.2, None, 3.0), ("large", 0.2, 0, None), ("huge", 0.3, 0, None),
+])  # fmt: skip
+def test_dbot_recipe_has_the_published_numbers(stages, size, drop_path, teacher_depth, clip_grad):
+    """methods.md 2.3."""
+    preset = PRESETS[f"dbot_{size}_{800 * stages}"]
+    recipe = Recipe(**preset.recipe)
+    assert recipe.lr == pytest.approx(2.4e-3)
+    assert (recipe.warmup_epochs, recipe.weight_decay, recipe.mask_ratio) == (40, 0.05, 0.75)
+    assert [end - begin for begin, end in recipe.stages] == [800] * stages
+    assert (recipe.drop_path, recipe.clip_grad) == (drop_path, clip_grad)
+    assert (recipe.teacher_depth, recipe.stage_carry) == (teacher_depth, True)
+    assert recipe.model.startswith(f"dbot_vit_{size}")
+
+
+@pytest.mark.parametrize(("epochs", "warmup", "momenta", "drop_path"), [
+    (300, 60, (0.96, 0.99), 0.25), (100, 20, (0.9, 0.95), 0.15),
+])  # fmt: skip
+def test_sdae_recipe_has_the_published_numbers(epochs, warmup, momenta, drop_path):
+    """methods.md 2.4."""
+    recipe = Recipe(**PRESETS[f"sdae_base_{epochs}"].recipe)
+    assert (recipe.epochs, recipe.warmup_epochs, recipe.batch_size) == (epochs, warmup, 768)
+    assert recipe.lr == pytest.approx(8.0e-4, rel=1e-3)
+    assert (recipe.momentum, recipe.momentum_end) == momenta
+    assert (recipe.weight_decay, recipe.drop_path, recipe.folds) == (0.04, drop_path, 3)
+    assert (recipe.betas, recipe.clip_grad, recipe.min_lr) == ((0.9, 0.95), None, 0.0)
+    assert (recipe.teacher_update, recipe.teacher_init) == ("epoch", "own")
 
 
 @pytest.mark.parametrize("name", [n for n in PRESETS if n.startswith(("mae_", "rc_mae_"))])

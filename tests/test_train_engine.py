@@ -8,7 +8,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from fastmim import MAE, RCMAE, create_model
+from fastmim import MAE, METHODS, RCMAE, create_model
 from fastmim.train import Engine
 from fastmim.train.build import build_method
 from fastmim.train.engine import resolve_device, resolve_precision
@@ -20,15 +20,19 @@ SCHEDULES = json.loads((Path(__file__).parent / "golden" / "schedules.json").rea
 STEPS_PER_EPOCH = 4
 
 
-def network(dtype=torch.float32):
+def network(dtype=torch.float32, model="nano", **options):
     torch.manual_seed(0)
-    return create_model("nano", norm_pix_loss=True).to(dtype)
+    return create_model(model, norm_pix_loss=True, **options).to(dtype)
 
 
 def engine(method="rc_mae", dtype=torch.float32, precision="fp32", **changes) -> Engine:
     chosen = recipe(batch_size=32, **{"warmup_epochs": 0, **changes})
     return Engine(
-        build_method(method, chosen, network(dtype)),
+        build_method(
+            method,
+            chosen,
+            network(dtype, chosen.model, **METHODS[method].student_options(chosen.drop_path)),
+        ),
         chosen,
         precision=precision,
         steps_per_epoch=STEPS_PER_EPOCH,
@@ -100,8 +104,8 @@ def test_momentum_is_the_recorded_one(schedule, key, count):
     recorded = SCHEDULES["rc_mae_momentum"]
     micro_steps, epochs = recorded["iters_per_epoch"], recorded["epochs"]
     run = Engine(
-        RCMAE(network(), momentum=recorded["base"]),
-        recipe(epochs=epochs, momentum_schedule=schedule),
+        RCMAE(network(), momentum=recorded["base"], momentum_schedule=schedule),
+        recipe(epochs=epochs),
         precision="fp32",
         steps_per_epoch=micro_steps // count,
     )
@@ -116,11 +120,11 @@ def test_momentum_is_the_recorded_one(schedule, key, count):
     assert run.momentum_at(run.total_steps, 0, 1) == 1.0 or schedule == "official"
 
 
-@pytest.mark.parametrize("name", ["mae", "rc_mae"])
+@pytest.mark.parametrize("name", METHODS)
 def test_parameter_groups_are_the_recorded_ones(name):
     recorded = SCHEDULES["pretrain_param_groups"][name]
     depth = sum(n.endswith("attn.qkv.weight") and n.startswith("blocks") for n in names(recorded))
-    model = create_model("nano", depth=depth)
+    model = create_model("nano", depth=depth, target=METHODS[name].target)
     groups = param_groups(model.named_parameters(), recorded["weight_decay"])
     for group, expected in zip(groups, recorded["groups_in_order"], strict=True):
         assert group["names"] == expected["names"]

@@ -32,6 +32,7 @@ MODELS["nano"] = dict(
     decoder_depth=1,
     decoder_num_heads=2,
 )
+MODELS["nano_deep"] = {**MODELS["nano"], "depth": 3, "decoder_depth": 2}
 TIMES = ("images_per_second", "data_wait", "peak_memory_gib", "seconds")  # of metrics.jsonl
 
 

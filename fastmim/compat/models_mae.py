@@ -81,7 +81,7 @@ class MaskedAutoencoderViT(MaskedAutoencoder):
         """
         num_keep(self.num_patches, mask_ratio)  # without a masked patch there is no loss
         latent, mask, ids_restore = self.forward_encoder(
-            imgs, mask_ratio, **_given(ids_shuffle=ids_shuffle)
+            imgs, mask_ratio, **given(ids_shuffle=ids_shuffle)
         )
         pred = self.forward_decoder(latent, ids_restore)
         return self.forward_loss(imgs, pred, mask), pred, mask
@@ -102,7 +102,7 @@ class MaskedAutoencoderViT(MaskedAutoencoder):
         # Masking the positions, not the tokens, tells which patches need embedding at all.
         positions = torch.arange(self.num_patches, device=x.device).expand(x.shape[0], -1)
         ids_keep, mask, ids_restore = self.random_masking(
-            positions[..., None], mask_ratio, **_given(ids_shuffle=ids_shuffle)
+            positions[..., None], mask_ratio, **given(ids_shuffle=ids_shuffle)
         )
         return self.encode_patches(x, ids_keep[..., 0]), mask, ids_restore
 
@@ -163,9 +163,12 @@ class MaskedAutoencoderViT(MaskedAutoencoder):
         error = (pred - target).square().mean(dim=-1)
         return (error * mask).sum() / mask.sum()
 
-    def predict(self, imgs: Tensor, masks: Masks, *, full: bool = False) -> Tensor:
-        latent = super().forward_encoder(imgs, masks)
-        return super().forward_decoder(latent, masks, full=full)
+    def predict(
+        self, imgs: Tensor, masks: Masks, *, full: bool = False, draws: Tensor | None = None
+    ) -> Tensor:
+        first, rest = self.split_draws(draws)
+        latent = super().forward_encoder(imgs, masks, draws=first)
+        return super().forward_decoder(latent, masks, full=full, draws=rest)
 
     def patchify(self, imgs: Tensor) -> Tensor:
         """(B, C, H, W) to (B, N, p * p * C), channel fastest."""
@@ -176,7 +179,7 @@ class MaskedAutoencoderViT(MaskedAutoencoder):
         return ops.unpatchify(x, self.patch_size, self.grid_size)
 
 
-def _given(**options: Tensor | None) -> dict[str, Tensor]:
+def given(**options: Tensor | None) -> dict[str, Tensor]:
     """The options that are not None: a subclass may override a method without taking them."""
     return {name: value for name, value in options.items() if value is not None}
 

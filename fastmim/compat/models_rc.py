@@ -5,7 +5,7 @@ from collections.abc import Callable
 from torch import Tensor, nn
 
 from fastmim.compat import models_mae
-from fastmim.compat.models_mae import build
+from fastmim.compat.models_mae import build, given
 from fastmim.ops import num_keep
 
 
@@ -71,8 +71,9 @@ class MaskedAutoencoderViT(models_mae.MaskedAutoencoderViT):
         """
         if self.compute_loss:
             num_keep(self.num_patches, mask_ratio)
-        given = {} if ids_shuffle is None else {"ids_shuffle": ids_shuffle}
-        latent, mask, ids_restore = self.forward_encoder(imgs, mask_ratio, **given)
+        latent, mask, ids_restore = self.forward_encoder(
+            imgs, mask_ratio, **given(ids_shuffle=ids_shuffle)
+        )
         pred = self.forward_decoder(latent, ids_restore)
         if not self.compute_loss:
             return pred

@@ -4,7 +4,7 @@ from torch import Tensor
 
 from fastmim.methods.base import Losses, Method
 from fastmim.nn import MaskedAutoencoder
-from fastmim.ops import Masks, num_keep
+from fastmim.ops import Masks
 
 
 class MAE(Method):
@@ -19,15 +19,17 @@ class MAE(Method):
     """
 
     def __init__(self, autoencoder: MaskedAutoencoder, *, mask_ratio: float = 0.75) -> None:
-        super().__init__()
-        num_keep(autoencoder.num_patches, mask_ratio)
-        self.student = autoencoder
-        self.teacher = None
-        self.mask_ratio = mask_ratio
+        super().__init__(autoencoder, mask_ratio)
 
-    def forward(self, imgs: Tensor, masks: Masks | None = None) -> Losses:
-        if masks is None:
-            masks = self.student.random_masks(imgs.shape[0], self.mask_ratio, imgs.device)
-        pred = self.student.predict(imgs, masks)
+    def forward(
+        self,
+        imgs: Tensor,
+        masks: Masks | None = None,
+        *,
+        draws: Tensor | None = None,
+        target: Tensor | None = None,
+    ) -> Losses:
+        masks = self.masks_for(imgs) if masks is None else masks
+        pred = self.student.predict(imgs, masks, draws=draws)
         loss = self.student.loss(pred, imgs, masks)
         return Losses(loss.total, {"pixel": loss.pixel})

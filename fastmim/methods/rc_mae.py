@@ -1,13 +1,14 @@
 """RC-MAE: the student must also match the reconstruction of its own moving average."""
 
 import math
+from typing import Literal
 
 import torch
 from torch import Tensor
 
-from fastmim.methods.base import Losses, Method, cosine_momentum
+from fastmim.methods.base import Clock, Losses, Method, cosine_momentum
 from fastmim.nn import EMATeacher, MaskedAutoencoder
-from fastmim.ops import Masks, num_keep
+from fastmim.ops import Masks
 
 
 class RCMAE(Method):
@@ -18,10 +19,14 @@ class RCMAE(Method):
         mask_ratio: Fraction of patches removed, in (0, 1).
         gamma: Weight of the consistency term.
         momentum: Of the teacher at the start of the run, in [0, 1].
+        momentum_schedule: ``cosine`` to 1 over the run, after every step. ``official``: what the
+            released code does, after every micro-batch and restarted every epoch.
 
     Raises:
         ValueError: If the ratio leaves no visible or no masked patch, or momentum is not in [0, 1].
     """
+
+    features_of = "teacher"
 
     def __init__(
         self,
@@ -30,29 +35,44 @@ class RCMAE(Method):
         mask_ratio: float = 0.75,
         gamma: float = 1.0,
         momentum: float = 0.996,
+        momentum_schedule: Literal["cosine", "official"] = "cosine",
     ) -> None:
-        super().__init__()
-        num_keep(autoencoder.num_patches, mask_ratio)
+        super().__init__(autoencoder, mask_ratio)
         if not 0.0 <= momentum <= 1.0 or not math.isfinite(gamma):
             raise ValueError(
                 f"RCMAE: expected momentum in [0, 1] and a finite gamma, got {momentum} and {gamma}"
             )
-        self.student = autoencoder
         self.teacher = EMATeacher(autoencoder)
-        self.mask_ratio = mask_ratio
         self.gamma = gamma
         self.momentum = momentum
+        self.teacher_follows = "micro_step" if momentum_schedule == "official" else "step"
 
-    def forward(self, imgs: Tensor, masks: Masks | None = None) -> Losses:
-        if masks is None:
-            masks = self.student.random_masks(imgs.shape[0], self.mask_ratio, imgs.device)
-        with torch.no_grad():
-            teacher_pred = self.teacher.module.predict(imgs, masks)  # the same visible patches
-        pred = self.student.predict(imgs, masks)
-        loss = self.student.loss(pred, imgs, masks, teacher_pred=teacher_pred, gamma=self.gamma)
+    def forward(
+        self,
+        imgs: Tensor,
+        masks: Masks | None = None,
+        *,
+        draws: Tensor | None = None,
+        target: Tensor | None = None,
+    ) -> Losses:
+        masks = self.masks_for(imgs) if masks is None else masks
+        if target is None:
+            with torch.no_grad():
+                target = self.teach(imgs, masks)
+        pred = self.student.predict(imgs, masks, draws=draws)
+        loss = self.student.loss(pred, imgs, masks, teacher_pred=target, gamma=self.gamma)
         return Losses(loss.total, {"pixel": loss.pixel, "consistency": loss.consistency})
 
-    def teacher_momentum(self, progress: float) -> float:
+    def teach(self, imgs: Tensor, masks: Masks) -> Tensor:
+        """(B, N - K, p * p * C): the teacher's prediction from the same visible patches."""
+        return self.teacher.module.predict(imgs, masks)
+
+    def teacher_momentum(self, clock: Clock) -> float:
+        progress = clock.progress
+        if self.teacher_follows == "micro_step":
+            # As released: the table of the whole run, read at the iteration within the epoch.
+            within = clock.step % clock.steps_per_epoch * clock.micro_steps + clock.micro_step
+            progress = within / (clock.steps_per_epoch * clock.epochs * clock.micro_steps)
         return cosine_momentum(self.momentum, progress)
 
     def update_teacher(self, momentum: float | None = None) -> None:

@@ -98,6 +98,18 @@ class PatchEmbed(nn.Module):
             )
         return {"scale": self.pixel_scale, "shift": self.pixel_shift}
 
+    def normalized(self, imgs: Tensor) -> Tensor:
+        """Images in floating point and normalised, for networks that take nothing else.
+
+        Args:
+            imgs: (B, C, H, W), uint8; or floating point and normalised, returned as they are.
+        """
+        values = self.pixel_normalization(imgs)
+        if values["scale"] is None:
+            return imgs
+        scale, shift = (v.to(self.proj.weight.dtype)[:, None, None] for v in values.values())
+        return imgs * scale + shift
+
     def forward(self, imgs: Tensor, ids: Tensor) -> Tensor:
         """Embed the patches ``ids``.
 

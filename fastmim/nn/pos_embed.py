@@ -1,6 +1,7 @@
 """Fixed sine-cosine position table of a patch grid (MAE, arXiv:2111.06377, appendix A.1)."""
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 
@@ -33,3 +34,31 @@ def sincos_pos_embed(embed_dim: int, grid_size: tuple[int, int]) -> Tensor:
     waves = [position.flatten()[:, None] * frequencies for position in (x, y)]
     table = torch.cat([f(wave) for wave in waves for f in (torch.sin, torch.cos)], dim=1)
     return torch.cat([torch.zeros(1, embed_dim), table.float()]).unsqueeze(0)
+
+
+def resize_pos_embed(
+    table: Tensor, grid_size: tuple[int, int], new_grid_size: tuple[int, int]
+) -> Tensor:
+    """Bicubic interpolation of a position table to another grid; the cls row stays.
+
+    As fine-tuning does it (MAE, arXiv:2111.06377): align_corners=False.
+
+    Args:
+        table: (1, rows * columns + 1, D).
+        grid_size: Rows and columns of the table.
+        new_grid_size: Rows and columns wanted; the same ones give the table itself.
+
+    Raises:
+        ValueError: If the table is not of ``grid_size``.
+    """
+    rows, columns = grid_size
+    if table.ndim != 3 or table.shape[:2] != (1, rows * columns + 1):
+        raise ValueError(
+            f"resize_pos_embed: expected a table (1, {rows * columns + 1}, D) for {rows} x "
+            f"{columns} patches and a cls token, got {tuple(table.shape)}"
+        )
+    if tuple(grid_size) == tuple(new_grid_size):
+        return table
+    grid = table[:, 1:].unflatten(1, (rows, columns)).permute(0, 3, 1, 2)
+    grid = F.interpolate(grid, tuple(new_grid_size), mode="bicubic", align_corners=False)
+    return torch.cat([table[:, :1], grid.flatten(2).transpose(1, 2)], dim=1)

@@ -1,29 +1,116 @@
-"""A teacher that follows its student as an exponential moving average."""
+"""Teachers: networks that give targets, take no gradient and stay in evaluation mode."""
 
 import copy
+from collections.abc import Callable
 
+import torch.nn.functional as F
 from torch import Tensor, nn
 
+from fastmim.nn.encoder import Encoder
 from fastmim.ops import ema_update_
 
 
-class EMATeacher(nn.Module):
-    """Copy of a student whose parameters follow it (RC-MAE, arXiv:2210.02077, sec. 3).
-
-    The copy is stored in the student's precision, always in evaluation mode, and takes no gradient.
+class Teacher(nn.Module):
+    """A network without gradient, always in evaluation mode.
 
     Args:
-        student: The module to copy and to follow. All its parameters are averaged, the frozen
-            ones too; buffers stay as they are, the networks here hold constants in them.
+        module: The network; it is changed accordingly.
     """
 
-    def __init__(self, student: nn.Module) -> None:
+    def __init__(self, module: nn.Module) -> None:
         super().__init__()
-        self.module = copy.deepcopy(student).requires_grad_(False).eval()
+        self.module = module.requires_grad_(False).eval()
 
-    def train(self, mode: bool = True) -> "EMATeacher":
+    def train(self, mode: bool = True) -> "Teacher":
         """Stays in evaluation mode whatever is asked."""
         return super().train(False)
+
+
+class FrozenTeacher(Teacher):
+    """A network whose features of whole images are predicted (dBOT, arXiv:2209.03917).
+
+    Any ``nn.Module`` serves: an encoder of this library, a ViT of timm, CLIP or DINO.
+
+    Args:
+        module: The network.
+        features: ``features(module, imgs)`` gives (B, N + 1, D), cls token first, or (B, N, D),
+            patches row-major; ``imgs`` are then floating point and normalised as the student's.
+            Default, for a :class:`fastmim.nn.Encoder`: the output of its last block, without the
+            final norm.
+        img_size: Height and width of the images it takes; others are resized. A teacher with
+            another patch size sees as many patches as its student in images of another size.
+    """
+
+    def __init__(
+        self,
+        module: nn.Module,
+        features: Callable[[nn.Module, Tensor], Tensor] | None = None,
+        *,
+        img_size: tuple[int, int] | None = None,
+    ) -> None:
+        super().__init__(module)
+        if features is None and not isinstance(module, Encoder):
+            raise ValueError(
+                f"FrozenTeacher: {type(module).__name__} is no encoder of fastmim; give features, "
+                "a function of it and of the images that returns (B, N + 1, D) or (B, N, D)"
+            )
+        self.features = features
+        self.img_size = img_size
+
+    def forward(self, imgs: Tensor, student: Encoder, *, final_norm: bool = False) -> Tensor:
+        """Features of whole images.
+
+        Args:
+            imgs: (B, C, H, W), uint8 or floating point and normalised, as the student takes them.
+            student: Tells how uint8 images are normalised, and the number of patches.
+            final_norm: Normalise the output of the last block; only without ``features``.
+
+        Returns:
+            (B, N + 1, D) or (B, N, D).
+
+        Raises:
+            ValueError: If the teacher gives another number of tokens.
+        """
+        resized = self.img_size is not None and tuple(imgs.shape[2:]) != tuple(self.img_size)
+        if resized or self.features is not None:
+            imgs = student.patch_embed.normalized(imgs)
+        if resized:
+            imgs = F.interpolate(imgs, self.img_size, mode="bicubic", antialias=True)
+        if self.features is None:
+            tokens = self.module.encode_image(imgs, final_norm=final_norm)
+        else:
+            tokens = self.features(self.module, imgs)
+        patches = student.num_patches
+        if tokens.ndim != 3 or tokens.shape[1] not in (patches, patches + 1):
+            raise ValueError(
+                f"FrozenTeacher: expected features (B, {patches} or {patches + 1}, D), as many as "
+                f"the student has patches, got {tuple(tokens.shape)}; give img_size, the number of "
+                "the student's rows and columns times the teacher's patch size"
+            )
+        return tokens
+
+
+class EMATeacher(Teacher):
+    """A teacher that follows its student (RC-MAE, arXiv:2210.02077, sec. 3).
+
+    It is stored in the student's precision.
+
+    Args:
+        student: The module to follow.
+        module: The teacher's own network. Each of its parameters, the frozen ones too, follows the
+            student's of the same name; what only the student has, such as a decoder, is left out.
+            Buffers stay as they are, the networks here hold constants in them. Default: a copy of
+            the student.
+
+    Raises:
+        ValueError: If ``module`` has a parameter that the student lacks, or has in another shape.
+    """
+
+    def __init__(self, student: nn.Module, module: nn.Module | None = None) -> None:
+        super().__init__(copy.deepcopy(student) if module is None else module)
+        mine = dict(self.module.named_parameters())
+        self._left_out = {name for name, _ in student.named_parameters() if name not in mine}
+        self.pairs(student)
 
     def pairs(self, student: nn.Module) -> dict[str, tuple[Tensor, Tensor]]:
         """Teacher and student parameter of each name, matched by name and shape.
@@ -32,7 +119,7 @@ class EMATeacher(nn.Module):
             ValueError: If the two do not hold the same parameters; names the first five.
         """
         mine = dict(self.module.named_parameters())
-        theirs = dict(student.named_parameters())
+        theirs = {n: p for n, p in student.named_parameters() if n not in self._left_out}
         wrong = [
             name
             for name in [*mine, *(n for n in theirs if n not in mine)]

@@ -6,7 +6,14 @@ from fastmim.ops.augment import augment
 from fastmim.ops.feature_loss import feature_loss
 from fastmim.ops.gather import gather_tokens, scatter_tokens
 from fastmim.ops.linear import linear
-from fastmim.ops.masking import Masks, masks_from_noise, masks_from_shuffle, num_keep, sample_masks
+from fastmim.ops.masking import (
+    Masks,
+    masks_from_noise,
+    masks_from_shuffle,
+    num_keep,
+    sample_masks,
+    sample_uniforms,
+)
 from fastmim.ops.mlp import bias_gelu, bias_gelu_linear
 from fastmim.ops.norm import Normalized, norm, norm_linear
 from fastmim.ops.optim import adamw_ema_, ema_update_, join_storage, split_storage
@@ -39,6 +46,7 @@ __all__ = [
     "patchify",
     "restore_tokens",
     "sample_masks",
+    "sample_uniforms",
     "scatter_tokens",
     "split_storage",
     "unpatchify",

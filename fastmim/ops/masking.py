@@ -98,15 +98,43 @@ def sample_masks(
         ValueError: If ``sample_ids`` is not a vector of int64, or ``num_keep`` or ``epoch`` is out
             of range.
     """
+    _check_samples("sample_masks", sample_ids, epoch)
+    _check_keep("sample_masks", num_patches, num_keep)
+    return Masks(*_sample(sample_ids, _signed(seed), epoch, num_patches), num_keep)
+
+
+def sample_uniforms(seed: int, epoch: int, sample_ids: Tensor, count: int) -> Tensor:
+    """Numbers that depend on (seed, epoch, sample id) only, for stochastic depth.
+
+    The generator of :func:`sample_masks` with the first counter word from 2**31 on, where no mask
+    reaches; a number is the 24 high bits of a word times 2**-24. Plain PyTorch: a few hundred
+    numbers a batch need no kernel.
+
+    Args:
+        seed: Any integer; its 64 low bits count.
+        epoch: In [0, 2**32).
+        sample_ids: (B,), int64, index of each image in its data set, not negative.
+        count: Numbers for each sample.
+
+    Returns:
+        (B, count), float32, in [0, 1).
+
+    Raises:
+        ValueError: If ``sample_ids`` is not a vector of int64, or ``epoch`` is out of range.
+    """
+    _check_samples("sample_uniforms", sample_ids, epoch)
+    words = reference.random_words(sample_ids, _signed(seed), epoch, count, first_block=2**31)
+    return (words >> 8).float() * 2.0**-24
+
+
+def _check_samples(function: str, sample_ids: Tensor, epoch: int) -> None:
     if sample_ids.ndim != 1 or sample_ids.dtype != torch.int64:
         raise ValueError(
-            "sample_masks: expected sample_ids (B,) of int64, "
+            f"{function}: expected sample_ids (B,) of int64, "
             f"got {tuple(sample_ids.shape)} of {sample_ids.dtype}"
         )
     if not 0 <= epoch < 2**32:
-        raise ValueError(f"sample_masks: expected epoch in [0, 2**32), got {epoch}")
-    _check_keep("sample_masks", num_patches, num_keep)
-    return Masks(*_sample(sample_ids, _signed(seed), epoch, num_patches), num_keep)
+        raise ValueError(f"{function}: expected epoch in [0, 2**32), got {epoch}")
 
 
 def masks_from_noise(noise: Tensor, num_keep: int) -> Masks:

@@ -39,17 +39,24 @@ def philox(counter: list[Tensor], key: tuple[int, int]) -> list[Tensor]:
     return [c0, c1, c2, c3]
 
 
-def sample_masks(
-    sample_ids: Tensor, seed: int, epoch: int, num_patches: int
-) -> tuple[Tensor, Tensor]:
-    draws = -(-num_patches // 4)  # four words a draw
+def random_words(
+    sample_ids: Tensor, seed: int, epoch: int, count: int, first_block: int = 0
+) -> Tensor:
+    """(B, count), int64: words of Philox for each sample, from a block of four words onward."""
+    draws = -(-count // 4)  # four words a draw
     ids = sample_ids[:, None].expand(-1, draws)
-    block = torch.arange(draws, device=sample_ids.device).expand_as(ids)
+    block = first_block + torch.arange(draws, device=sample_ids.device).expand_as(ids)
     words = philox(
         [block, torch.full_like(ids, epoch & _WORD), ids & _WORD, (ids >> 32) & _WORD],
         (seed & _WORD, (seed >> 32) & _WORD),
     )
-    noise = torch.stack(words, dim=-1).flatten(1)[:, :num_patches]
+    return torch.stack(words, dim=-1).flatten(1)[:, :count]
+
+
+def sample_masks(
+    sample_ids: Tensor, seed: int, epoch: int, num_patches: int
+) -> tuple[Tensor, Tensor]:
+    noise = random_words(sample_ids, seed, epoch, num_patches)
     ids_shuffle = noise.argsort(dim=1, stable=True)  # equal words: the lower position first
     return ids_shuffle, inverse_permutation(ids_shuffle)
 

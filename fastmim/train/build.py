@@ -1,28 +1,32 @@
 """From a configuration, or from a saved run, to the objects that train."""
 
+import contextlib
 import hashlib
 import inspect
+from collections.abc import Iterator
 from pathlib import Path
 
 import torch
+from torch import nn
 
 from fastmim.data import Source
 from fastmim.methods import METHODS, Method
 from fastmim.models import MODELS, create_model, did_you_mean
-from fastmim.nn import MaskedAutoencoder
+from fastmim.nn import Encoder, FrozenTeacher, MaskedAutoencoder, resize_pos_embed
 from fastmim.train.checkpoint import Checkpoint, CheckpointError, check_parts, load
-from fastmim.train.config import Recipe, recipe_from_dict
+from fastmim.train.config import OWN_TEACHER, Recipe, recipe_from_dict
 from fastmim.train.folder import newest_checkpoint
 
 _NAMES = 1000  # of a data set, looked at to tell it from another one
 
 
 def build_autoencoder(
-    recipe: Recipe, channels: int, mean: tuple[float, ...], std: tuple[float, ...]
+    method: str, recipe: Recipe, channels: int, mean: tuple[float, ...], std: tuple[float, ...]
 ) -> MaskedAutoencoder:
     """The network with its initial weights, a function of the recipe's seed.
 
     Args:
+        method: Name of the method that trains it; decides what it predicts.
         recipe: Model, image size and seed.
         channels: Of the images.
         mean: Of each channel on the scale 0..1, for uint8 images.
@@ -30,7 +34,11 @@ def build_autoencoder(
     """
     if recipe.model not in MODELS:
         raise ValueError(f"recipe.model: {did_you_mean('model', recipe.model, MODELS)}")
-    size = {} if recipe.img_size is None else {"img_size": recipe.img_size}
+    options = _method_class(method).student_options(recipe.drop_path)
+    if recipe.img_size is not None:
+        options["img_size"] = recipe.img_size
+    if recipe.stage_depths is not None:
+        options["depth"] = recipe.stage_depths[0]
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(recipe.seed)
         return create_model(
@@ -39,7 +47,7 @@ def build_autoencoder(
             norm_pix_loss=recipe.norm_pix,
             pixel_mean=mean,
             pixel_std=std,
-            **size,
+            **options,
         )
 
 
@@ -49,16 +57,27 @@ def build_method(name: str, recipe: Recipe, autoencoder: MaskedAutoencoder) -> M
     Raises:
         ValueError: If the name is unknown; suggests the nearest.
     """
+    cls = _method_class(name)
+    known = set(inspect.signature(cls).parameters) & set(vars(recipe))
+    options = {option: getattr(recipe, option) for option in known}
+    if options.get("teachers"):
+        options["teachers"] = [
+            None if path == OWN_TEACHER else load_teacher(path, autoencoder)
+            for path in options["teachers"]
+        ]
+    # None, of options that are lists too: as the method has it.
+    return cls(autoencoder, **{k: v for k, v in options.items() if v is not None})
+
+
+def _method_class(name: str) -> type[Method]:
     if name not in METHODS:
         raise ValueError(f"method: {did_you_mean('method', name, METHODS)}")
-    cls = METHODS[name]
-    known = set(inspect.signature(cls).parameters) & set(vars(recipe))
-    return cls(autoencoder, **{option: getattr(recipe, option) for option in known})
+    return METHODS[name]
 
 
-def networks(method: Method) -> dict[str, MaskedAutoencoder]:
+def networks(method: Method) -> dict[str, nn.Module]:
     """Student and, where there is one, teacher."""
-    named = {"student": method.student}
+    named: dict[str, nn.Module] = {"student": method.student}
     if method.teacher is not None:
         named["teacher"] = method.teacher.module
     return named
@@ -118,11 +137,48 @@ def untrained_network(identity: dict) -> MaskedAutoencoder:
     """
     data = identity["data"]
     return build_autoencoder(
+        identity["method"],
         recipe_from_dict(identity["recipe"]),
         data["channels"],
         tuple(data["mean"]),
         tuple(data["std"]),
     )
+
+
+def load_teacher(path: str | Path, student: Encoder) -> FrozenTeacher:
+    """The encoder of a saved run, of any size and patch size, as teacher of a student.
+
+    It sees as many patches as the student: its position table is interpolated to their grid, and
+    with another patch size its images are resized.
+
+    Args:
+        path: Folder of a run, or of one checkpoint, of any method.
+        student: Tells the grid of patches and the channels.
+
+    Raises:
+        CheckpointError: If there is no valid checkpoint, or the images have other channels.
+    """
+    found = _checkpoint_at(path)
+    with _of_a_run(found):
+        identity = found.state["identity"]
+        network = untrained_network(identity)
+        depths = identity["recipe"].get("stage_depths")
+        part = _method_class(identity["method"]).features_of
+    if network.patch_embed.in_chans != student.patch_embed.in_chans:
+        raise CheckpointError(
+            f"{found.path}: a teacher of {network.patch_embed.in_chans} channels for a student of "
+            f"{student.patch_embed.in_chans}"
+        )
+    size = tuple(side * network.patch_size for side in student.grid_size)
+    depth = depths[found.state["stage"]] if depths else len(network.blocks)
+    encoder = network.fresh_encoder(img_size=size, depth=depth, drop_path=0.0)
+    saved = found.parts[part]
+    table = resize_pos_embed(saved["pos_embed"], network.grid_size, student.grid_size)
+    wanted = encoder.state_dict()
+    state = {**{name: saved[name] for name in wanted if name in saved}, "pos_embed": table}
+    check_parts(state, wanted, f"{found.path}: teacher")
+    encoder.load_state_dict(state)
+    return FrozenTeacher(encoder, img_size=size)
 
 
 def restore_run(path: str | Path) -> tuple[Checkpoint, Method]:
@@ -134,6 +190,18 @@ def restore_run(path: str | Path) -> tuple[Checkpoint, Method]:
     Raises:
         CheckpointError: If there is no valid checkpoint.
     """
+    found = _checkpoint_at(path)
+    with _of_a_run(found):
+        identity = found.state["identity"]
+        recipe = recipe_from_dict(identity["recipe"])
+        method = build_method(identity["method"], recipe, untrained_network(identity))
+        for stage in range(1, found.state.get("stage", 0) + 1):
+            method.begin_stage(stage)
+    load_parts(method, found)
+    return found, method
+
+
+def _checkpoint_at(path: str | Path) -> Checkpoint:
     path = Path(path)
     found = load(path) if (path / "manifest.json").is_file() else newest_checkpoint(path)
     if found is None:
@@ -141,13 +209,15 @@ def restore_run(path: str | Path) -> tuple[Checkpoint, Method]:
             f"{path}: holds no checkpoint; expected the folder of a run that fastmim pretrain has "
             "written"
         )
+    return found
+
+
+@contextlib.contextmanager
+def _of_a_run(found: Checkpoint) -> Iterator[None]:
+    """Say of a state without the entries of a run that it is none."""
     try:
-        identity = found.state["identity"]
-        recipe = recipe_from_dict(identity["recipe"])
-        method = build_method(identity["method"], recipe, untrained_network(identity))
+        yield
     except (KeyError, TypeError) as error:
         raise CheckpointError(
             f"{found.path}: not of a pre-training run, or of another version of fastmim: {error}"
         ) from error
-    load_parts(method, found)
-    return found, method

@@ -1,10 +1,13 @@
 """Everything a run can be told. A recipe changes the result; efficiency must not."""
 
 import dataclasses
+import itertools
 import math
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal, get_args, get_origin, get_type_hints
+
+OWN_TEACHER = "own"  # in Recipe.teachers; anything else is a path
 
 
 @dataclass(frozen=True)
@@ -25,15 +28,36 @@ class Recipe:
         weight_decay: Decoupled decay of matrices; biases and norms have none.
         betas: AdamW's coefficients.
         adam_eps: AdamW's epsilon.
+        drop_path: Stochastic depth of the student's last block, in [0, 1).
         clip_grad: Largest global gradient norm; none: no clipping.
         crop_scale: Area of the random crop as a fraction of the image, from and to.
         crop_aspect: Aspect ratio (width : height) of the random crop, from and to.
         hflip: Probability of a horizontal flip.
         gamma: Weight of the teacher's consistency term (RC-MAE).
-        momentum: Of the EMA teacher at the start of the run (RC-MAE).
+        momentum: Of the EMA teacher at the start of the run (RC-MAE, SdAE).
         momentum_schedule: cosine: to 1 over the run, after every optimizer step. official: what
             the released code does, restarted every epoch and applied after every micro-batch, so
-            that efficiency.micro_batch changes the result.
+            that efficiency.micro_batch changes the result (RC-MAE).
+        momentum_end: Of the EMA teacher at the end of the run (SdAE).
+        folds: Parts into which the masked patches are cut for the teacher; must divide their
+            number. 0: the teacher sees the whole image (SdAE).
+        cosine_dim: feature: similarity of two tokens. token: what the released code does, of a
+            feature along the tokens of a fold (SdAE).
+        teacher_update: When the teacher moves (SdAE).
+        teacher_init: own: the teacher starts from random weights of its own. student: from the
+            student's (SdAE).
+        stage_epochs: Epochs at which stages begin, and the end: [0, 800, 1600] are two stages;
+            none: one stage (dBOT).
+        stage_depths: Blocks of the student's encoder in each stage; none: those of the model
+            (dBOT).
+        stage_carry: Keep AdamW's moments and the bias of the patch embedding where a stage begins,
+            as the released code does (dBOT).
+        teacher_depth: Blocks of the first, random teacher; none: those of the model (dBOT).
+        teachers: Teacher of each stage: own (random at first, then the student of the stage
+            before), or the folder of a run or checkpoint of fastmim. Stages that are not named
+            have their own (dBOT).
+        projection: Give the student's head the width of each teacher, so that teachers of another
+            width can be used (dBOT).
         seed: Of initial weights, order, crops and masks.
     """
 
@@ -49,6 +73,7 @@ class Recipe:
     weight_decay: float = 0.05
     betas: tuple[float, float] = (0.9, 0.95)
     adam_eps: float = 1e-8
+    drop_path: float = 0.0
     clip_grad: float | None = None
     crop_scale: tuple[float, float] = (0.2, 1.0)
     crop_aspect: tuple[float, float] = (3 / 4, 4 / 3)
@@ -56,17 +81,49 @@ class Recipe:
     gamma: float = 1.0
     momentum: float = 0.996
     momentum_schedule: Literal["cosine", "official"] = "cosine"
+    momentum_end: float = 0.99
+    folds: int = 3
+    cosine_dim: Literal["feature", "token"] = "feature"
+    teacher_update: Literal["epoch", "step"] = "epoch"
+    teacher_init: Literal["own", "student"] = "own"
+    stage_epochs: tuple[int, ...] | None = None
+    stage_depths: tuple[int, ...] | None = None
+    stage_carry: bool = True
+    teacher_depth: int | None = None
+    teachers: tuple[str, ...] | None = None
+    projection: bool = True
     seed: int = 0
 
     def __post_init__(self) -> None:
+        bounds, count = self.stage_epochs or (0, self.epochs), len(self.stages)
+        depths, teachers = self.stage_depths, self.teachers
+        shortest = min((end - begin for begin, end in self.stages), default=0)
         _check(
             "recipe.",
             self,
             mask_ratio=(0 < self.mask_ratio < 1, "between 0 and 1"),
             epochs=(self.epochs >= 1, "at least 1"),
+            stage_epochs=(
+                (bounds[0], bounds[-1]) == (0, self.epochs) and shortest > 0,
+                f"epochs that increase from 0 to recipe.epochs, which is {self.epochs}",
+            ),
+            stage_depths=(
+                depths is None or (len(depths) == count and min(depths) >= 1),
+                f"a depth of at least 1 for each of the {count} stages, or null",
+            ),
+            teacher_depth=(
+                self.teacher_depth is None or self.teacher_depth >= 0,
+                "at least 0, or null",
+            ),
+            teachers=(
+                teachers is None or (len(teachers) <= count and all(teachers)),
+                f"at most one for each of the {count} stages, or null",
+            ),
             warmup_epochs=(
-                0 <= self.warmup_epochs <= self.epochs,
-                f"between 0 and recipe.epochs, which is {self.epochs}",
+                0 <= self.warmup_epochs <= shortest,
+                f"between 0 and recipe.epochs, which is {self.epochs}"
+                if count == 1
+                else f"between 0 and the shortest stage, which has {shortest} epochs",
             ),
             batch_size=(self.batch_size >= 1, "at least 1"),
             base_lr=(0 < self.base_lr < math.inf, "a positive number"),
@@ -74,9 +131,12 @@ class Recipe:
             weight_decay=(0 <= self.weight_decay < math.inf, "at least 0"),
             betas=(all(0 <= beta < 1 for beta in self.betas), "two numbers in [0, 1)"),
             adam_eps=(0 < self.adam_eps < math.inf, "a positive number"),
+            drop_path=(0 <= self.drop_path < 1, "in [0, 1)"),
             clip_grad=(self.clip_grad is None or self.clip_grad > 0, "positive, or null"),
             gamma=(0 <= self.gamma < math.inf, "at least 0"),
             momentum=(0 <= self.momentum <= 1, "between 0 and 1"),
+            momentum_end=(0 <= self.momentum_end <= 1, "between 0 and 1"),
+            folds=(self.folds >= 0, "at least 0"),
             seed=(0 <= self.seed < 2**63, "in [0, 2**63)"),
         )
 
@@ -84,6 +144,15 @@ class Recipe:
     def lr(self) -> float:
         """Peak learning rate: ``base_lr * batch_size / 256``."""
         return self.base_lr * self.batch_size / 256
+
+    @property
+    def stages(self) -> list[tuple[int, int]]:
+        """First epoch and end of each stage."""
+        return list(itertools.pairwise(self.stage_epochs or (0, self.epochs)))
+
+    def stage_at(self, epoch: int) -> int:
+        """Stage of an epoch; that of the last epoch for all after it."""
+        return sum(epoch >= begin for begin, _ in self.stages[1:])
 
 
 @dataclass(frozen=True)

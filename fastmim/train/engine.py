@@ -8,8 +8,8 @@ from typing import NamedTuple, Protocol
 import torch
 from torch import Tensor
 
-from fastmim.methods import Method
-from fastmim.ops import Masks, ema_update_, num_keep, sample_masks
+from fastmim.methods import Clock, Method
+from fastmim.ops import Masks, ema_update_, num_keep, sample_masks, sample_uniforms
 from fastmim.train.config import Recipe
 from fastmim.train.optim import AdamWEMA, lr_at, param_groups
 
@@ -32,7 +32,7 @@ class StepResult(NamedTuple):
     Attributes:
         losses: Name to value, means over the micro-batches; "loss" is the total.
         lr: Learning rate used.
-        momentum: Of the teacher, None without one.
+        momentum: Of the teacher, None without one that moves.
         grad_norm: Global L2 norm of the gradient before clipping.
         skipped: True if a loss or gradient was not finite and nothing was changed.
     """
@@ -108,19 +108,36 @@ class Engine:
         self.steps_per_epoch = steps_per_epoch
         self.num_keep = num_keep(method.student.num_patches, recipe.mask_ratio)
         self.device = next(method.student.parameters()).device
-        official = recipe.momentum_schedule == "official"
-        self._per_step = method.teacher is not None and not official
-        self._per_micro_step = method.teacher is not None and official
-        pairs = method.teacher.pairs(method.student) if self._per_step else {}
+        self._per_micro_step = method.teacher_follows == "micro_step"
+        self.stage = 0
+        if len(recipe.stages) > 1 and not method.has_stages:
+            method.begin_stage(1)  # says that there are none
+        self.optimizer = self._make_optimizer()
+
+    def _make_optimizer(self) -> AdamWEMA:
+        """For the student there is; the teacher's EMA is in its pass where every weight has one."""
+        method, recipe = self.method, self.recipe
+        pairs = method.teacher.pairs(method.student) if method.teacher_follows == "step" else {}
         groups = param_groups(method.student.named_parameters(), recipe.weight_decay)
-        self.optimizer = AdamWEMA(
-            groups,
-            betas=recipe.betas,
-            eps=recipe.adam_eps,
-            teachers={name: pairs[name][0] for g in groups for name in g["names"] if pairs},
-        )
-        trained = set(self.optimizer.names)
-        self._frozen_pairs = [pair for name, pair in pairs.items() if name not in trained]
+        trained = [name for group in groups for name in group["names"]]
+        fused = all(name in pairs for name in trained)
+        teachers = {name: pairs[name][0] for name in trained} if fused else {}
+        self._other_pairs = [pair for name, pair in pairs.items() if name not in teachers]
+        return AdamWEMA(groups, betas=recipe.betas, eps=recipe.adam_eps, teachers=teachers)
+
+    def begin_stage(self, stage: int) -> None:
+        """Go through the stages up to this one, with new networks in each.
+
+        Args:
+            stage: From 0; the present one does nothing.
+        """
+        while self.stage < stage:
+            self.stage += 1
+            self.method.begin_stage(self.stage)
+            before = self.optimizer.state_dict()
+            self.optimizer = self._make_optimizer()
+            if self.recipe.stage_carry:
+                self.optimizer.carry_over(before)
 
     @property
     def total_steps(self) -> int:
@@ -137,6 +154,14 @@ class Engine:
             self.num_keep,
         )
 
+    def draws(self, batch: MicroBatch) -> Tensor | None:
+        """Numbers for stochastic depth, a function like :meth:`masks`; None if none are needed."""
+        count = self.method.student.num_draws
+        if not count:
+            return None
+        ids = batch.sample_ids.to(self.device)
+        return sample_uniforms(self.recipe.seed, batch.epoch, ids, count)
+
     def run_step(self, step: int, batches: Iterable[MicroBatch], count: int = 1) -> StepResult:
         """Do optimizer step number ``step``: all of it, or nothing if something is not finite.
 
@@ -145,13 +170,17 @@ class Engine:
             batches: The micro-batches of this step, of one size; taken one at a time.
             count: How many they are.
         """
+        self.begin_stage(self.recipe.stage_at(step // self.steps_per_epoch))
         sums: dict[str, Tensor] = {}
         self.optimizer.zero_grad()
         before = self._copy_teacher() if self._per_micro_step and count > 1 else None
         for i, batch in zip(range(count), batches, strict=True):
             imgs = batch.imgs.to(self.device, non_blocking=True)
+            masks, draws = self.masks(batch), self.draws(batch)
+            with torch.no_grad(), self._autocast():
+                target = self.method.teach(imgs, masks)
             with self._autocast():
-                losses = self.method(imgs, self.masks(batch))
+                losses = self.method(imgs, masks, draws=draws, target=target)
             (losses.total / count).backward()
             for name, value in {"loss": losses.total.detach(), **losses.terms}.items():
                 sums[name] = sums.get(name, 0.0) + value / count
@@ -162,6 +191,8 @@ class Engine:
             self._follow(step, count - 1, count)
         elif before is not None:
             self._restore_teacher(before)
+        if self.method.teacher_follows == "epoch" and (step + 1) % self.steps_per_epoch == 0:
+            self.method.teacher.update_(self.method.student, self.momentum_at(step, 0, 1))
         return result
 
     def _update(self, step: int, count: int, sums: dict[str, Tensor]) -> StepResult:
@@ -171,17 +202,11 @@ class Engine:
         clip = 1.0
         if recipe.clip_grad is not None:
             clip = (recipe.clip_grad / (norm.double() + 1e-6)).clamp(max=1.0)
-        lr = lr_at(
-            step / self.steps_per_epoch,
-            lr=recipe.lr,
-            min_lr=recipe.min_lr,
-            warmup_epochs=recipe.warmup_epochs,
-            epochs=recipe.epochs,
-        )
+        lr = self.lr_at(step)
         momentum = self.momentum_at(step, count - 1, count)
         self.optimizer.step(
             lr=lr,
-            momentum=momentum if self._per_step else 1.0,
+            momentum=momentum if self.optimizer.teachers else 1.0,
             clip=clip,
             skip=~(torch.isfinite(sums["loss"]) & torch.isfinite(norm)),
         )
@@ -192,33 +217,43 @@ class Engine:
         skipped = not (math.isfinite(losses["loss"]) and math.isfinite(grad_norm))
         return StepResult(losses, lr, momentum, grad_norm, skipped)
 
+    def lr_at(self, step: int) -> float:
+        """Learning rate of an optimizer step: warm-up and cosine start anew in each stage."""
+        recipe = self.recipe
+        begin, end = recipe.stages[recipe.stage_at(step // self.steps_per_epoch)]
+        return lr_at(
+            step / self.steps_per_epoch - begin,
+            lr=recipe.lr,
+            min_lr=recipe.min_lr,
+            warmup_epochs=recipe.warmup_epochs,
+            epochs=end - begin,
+        )
+
     def momentum_at(self, step: int, micro_step: int, count: int) -> float | None:
-        """Momentum of the teacher after a micro-batch; None without a teacher.
+        """Momentum of the teacher after a micro-batch; None without a teacher that moves.
 
         Args:
             step: Global optimizer step.
             micro_step: Micro-batch within the step.
             count: Micro-batches in a step.
         """
-        if self.method.teacher is None:
+        if self.method.teacher_follows == "never":
             return None
-        if self.recipe.momentum_schedule == "cosine":
-            return self.method.teacher_momentum(step / self.total_steps)
-        # As released: the table of the whole run, read at the iteration within the epoch.
-        within = (step % self.steps_per_epoch) * count + micro_step
-        return self.method.teacher_momentum(within / (self.total_steps * count))
+        clock = Clock(step, self.steps_per_epoch, self.recipe.epochs, micro_step, count)
+        return self.method.teacher_momentum(clock)
 
     def _follow(self, step: int, micro_step: int, count: int) -> None:
-        """Move what the optimizer's pass does not: frozen tables; all of the teacher if official.
+        """Move what the optimizer's pass does not.
 
-        The released code updates the teacher after every micro-batch.
+        That is frozen tables, a teacher without the student's decoder, and one that follows after
+        every micro-batch.
         """
         if self._per_micro_step:
             self.method.teacher.update_(
                 self.method.student, self.momentum_at(step, micro_step, count)
             )
-        elif self._frozen_pairs:
-            teachers, students = zip(*self._frozen_pairs, strict=True)
+        elif self._other_pairs:
+            teachers, students = zip(*self._other_pairs, strict=True)
             ema_update_(teachers, students, self.momentum_at(step, micro_step, count))
 
     def _copy_teacher(self) -> list[Tensor]:

@@ -119,7 +119,8 @@ def compare(evaluation: KNNEvaluation, method: Method, identity: dict) -> dict[s
         method: Trained.
         identity: Of its run, from which the untrained network is built.
     """
-    encoders = dict(reversed(networks(method).items()))
+    named = reversed(networks(method).items())
+    encoders = {name: network for name, network in named if isinstance(network, Encoder)}
     device = method.student.patch_embed.proj.weight.device
     encoders["untrained network"] = untrained_network(identity).to(device)
     height, width = evaluation.pixel_size

@@ -151,6 +151,16 @@ class AdamWEMA:
             state[f"exp_avg_sq.{name}"] = v
         return state
 
+    def carry_over(self, state: Mapping[str, Tensor]) -> None:
+        """Take over the step and the moments of those parameters that still have their shape.
+
+        Args:
+            state: From :meth:`state_dict` of the optimizer of another network.
+        """
+        for name, tensor in self.state_dict().items():
+            if name in state and state[name].shape == tensor.shape:
+                tensor.copy_(state[name])
+
     def load_state_dict(self, state: Mapping[str, Tensor]) -> None:
         """Take over what :meth:`state_dict` gave.
 

@@ -16,7 +16,7 @@ from fastmim.train.log import read_metrics
 def write_loss_chart(folder: Path) -> Path:
     """loss.png from metrics.jsonl: every loss term against the step."""
     lines = [line for line in read_metrics(folder / "metrics.jsonl") if "loss" in line]
-    names = [n for n in ("loss", "pixel", "consistency") if lines and n in lines[-1]]
+    names = [n for n in ("loss", "pixel", "consistency", "feature") if lines and n in lines[-1]]
     series = {
         name: (
             [line["step"] for line in lines],
@@ -53,9 +53,15 @@ def write_reconstructions(
         on_bad: Called with name and reason of each image that cannot be read and is left out.
 
     Raises:
-        ValueError: If the images have other channels than the network, or none can be read.
+        ValueError: If the method predicts no pixels, the images have other channels than the
+            network, or none can be read.
     """
     student = method.student
+    if method.target != "pixels":
+        raise ValueError(
+            f"write_reconstructions: {type(method).__name__} predicts {method.target} of a "
+            "teacher, not pixels; there is no picture of these"
+        )
     if source.channels != student.patch_embed.in_chans:
         raise ValueError(
             f"write_reconstructions: the images have {source.channels} channels, the network takes "

@@ -35,6 +35,19 @@ _MAE = dict(
 _MAE_SOURCE = "MAE's released pre-training recipe (arXiv:2111.06377, table 8): 64 GPUs x 64 images"
 _RC_MAE = {**_MAE, "epochs": 1600, "gamma": 1.0, "momentum": 0.996}
 _RC_SOURCE = "RC-MAE's released pre-training scripts (arXiv:2210.02077), momentum to 1 over the run"
+_DBOT_SOURCE = "dBOT's released pre-training scripts (arXiv:2209.03917): 32 GPUs x 128 images"
+_SDAE = dict(
+    model="sdae_vit_base_patch16",
+    batch_size=768,
+    base_lr=2.666e-4,
+    weight_decay=0.04,
+    mask_ratio=0.75,
+    folds=3,
+    cosine_dim="feature",
+    teacher_update="epoch",
+    teacher_init="own",
+)
+_SDAE_SOURCE = "SdAE's {} (arXiv:2208.00449): 8 GPUs x 96; its code has recipe.cosine_dim token"
 _LARGE_BATCH = dict(micro_batch=256, workers=min(8, os.cpu_count() or 1))
 _PHOTOS = dict(crop_ratio=0.875)
 
@@ -48,6 +61,38 @@ def _mae(size: str, epochs: int) -> Preset:
 def _rc_mae(size: str, **changes) -> Preset:
     recipe = {**_RC_MAE, "model": f"rc_vit_{size}", **changes}
     return Preset(_RC_SOURCE, "rc_mae", recipe, efficiency=_LARGE_BATCH, eval=_PHOTOS)
+
+
+def _dbot(size: str, stages: int, drop_path: float, **changes) -> Preset:
+    note = "" if stages == 2 else "; a third stage, as for detection and segmentation in the paper"
+    bounds = tuple(range(0, 800 * stages + 1, 800))
+    recipe = {
+        **{name: value for name, value in _MAE.items() if name != "norm_pix"},
+        "model": f"dbot_vit_{size}",
+        "epochs": bounds[-1],
+        "stage_epochs": bounds,
+        "drop_path": drop_path,
+        **changes,
+    }
+    return Preset(_DBOT_SOURCE + note, "dbot", recipe, efficiency=_LARGE_BATCH, eval=_PHOTOS)
+
+
+def _sdae(source: str, **changes) -> Preset:
+    recipe = {**_SDAE, **changes}
+    return Preset(
+        _SDAE_SOURCE.format(source),
+        "sdae",
+        recipe,
+        efficiency={**_LARGE_BATCH, "micro_batch": 96},
+        eval=_PHOTOS,
+    )
+
+
+_DBOT_SIZES = {  # L and H start from a teacher without blocks; only the script of B clips
+    "base": ("base_patch16", 0.2, dict(clip_grad=3.0)),
+    "large": ("large_patch16", 0.2, dict(teacher_depth=0)),
+    "huge": ("huge_patch14", 0.3, dict(teacher_depth=0)),
+}
 
 
 PRESETS: dict[str, Preset] = {
@@ -114,4 +159,25 @@ PRESETS: dict[str, Preset] = {
     "rc_mae_base_800": _rc_mae("base_patch16", epochs=800),
     "rc_mae_base_1600": _rc_mae("base_patch16"),
     "rc_mae_large_1600": _rc_mae("large_patch16"),
+    **{
+        f"dbot_{name}_{800 * stages}": _dbot(size, stages, drop_path, **changes)
+        for name, (size, drop_path, changes) in _DBOT_SIZES.items()
+        for stages in (2, 3)
+    },
+    "sdae_base_300": _sdae(
+        "released recipe",
+        epochs=300,
+        warmup_epochs=60,
+        drop_path=0.25,
+        momentum=0.96,
+        momentum_end=0.99,
+    ),
+    "sdae_base_100": _sdae(
+        "recipe of its author for 100 epochs",
+        epochs=100,
+        warmup_epochs=20,
+        drop_path=0.15,
+        momentum=0.9,
+        momentum_end=0.95,
+    ),
 }

@@ -15,7 +15,6 @@ import torch
 from torch import Tensor
 
 from fastmim.data import Augmentation, Batch, PretrainLoader, Source, open_source
-from fastmim.nn import MaskedAutoencoder
 from fastmim.train import checkpoint as checkpoints
 from fastmim.train.build import (
     build_autoencoder,
@@ -78,12 +77,10 @@ class Trainer:
         self.device = resolve_device(efficiency.device)
         self.source: Source = open_source(config.data.path)
         autoencoder = build_autoencoder(
-            recipe, self.source.channels, self.source.mean, self.source.std
+            config.method, recipe, self.source.channels, self.source.mean, self.source.std
         )
         image_size = autoencoder.patch_embed.img_size
-        self.precision = resolve_precision(
-            efficiency.precision, self.device, autoencoder.norm.weight.shape[0]
-        )
+        self.precision = resolve_precision(efficiency.precision, self.device, autoencoder.embed_dim)
         self.method = build_method(config.method, recipe, autoencoder).to(self.device)
         self.identity = run_identity(config.method, to_dict(recipe), self.source)
         self.loader = PretrainLoader(
@@ -100,7 +97,8 @@ class Trainer:
             on_bad=self._report_bad_image,
             pin_memory=self.device.type == "cuda",
         )
-        if recipe.momentum_schedule == "official":  # the one way a micro-batch changes the result
+        # Only a teacher that moves after every micro-batch makes their size change the result.
+        if self.method.teacher_follows == "micro_step":
             self.identity["micro_batch"] = self.loader.micro_batch
         self.engine = Engine(
             self.method,
@@ -138,6 +136,7 @@ class Trainer:
                 + "\nto start another run pass --output.name or --resume never; to go on with "
                 f"this one pass --config {self.folder / 'config.yaml'}"
             )
+        self.engine.begin_stage(state.get("stage", 0))
         load_parts(self.method, checkpoint)
         wanted = self.engine.optimizer.state_dict()
         checkpoints.check_parts(checkpoint.parts.get("optimizer", {}), wanted, "optimizer")
@@ -167,11 +166,24 @@ class Trainer:
             f"{self.config.method} on {self.source.describe()}\n"
             f"{recipe.model}: {params:.1f} M parameters, {height} x {width} pixels, "
             f"{student.num_patches} patches, {self.engine.num_keep} visible\n"
+            f"{self._describe_teacher()}\n"
             f"{total} steps of {recipe.batch_size} images ({recipe.epochs} epochs), "
             f"lr {recipe.lr:.3g}, {self.precision} on {self.device}, threads: "
             f"{torch.get_num_threads()}, loading processes: {self.loader.workers or 'none'}\n"
             f"{self.folder}: {start}"
         )
+
+    def _describe_teacher(self) -> str:
+        """Size of the teacher that there is now."""
+        teacher = self.method.teacher
+        if teacher is None:
+            return "no teacher"
+        tensors = list(teacher.parameters())
+        size = sum(t.numel() * t.element_size() for t in tensors) / 2**20
+        follows = self.method.teacher_follows.replace("_", " ")
+        moves = "frozen" if follows == "never" else f"moves every {follows}"
+        count = sum(t.numel() for t in tensors) / 1e6
+        return f"teacher: {count:.1f} M parameters, {size:.1f} MiB, {moves}"
 
     def run(self) -> Outcome:
         """Train to the end, or until a signal, and leave checkpoint, metrics and pictures.
@@ -214,6 +226,7 @@ class Trainer:
     def _train(self, log: RunLog, received: list[signal.Signals]) -> None:
         """Steps until the end or a signal."""
         stop = min(self.engine.total_steps, self.config.stop_after or math.inf)
+        stage, stages = self.engine.stage, self.config.recipe.stages
         last_save = time.perf_counter()
         stream = iter(self.loader)
         if not self._is_evaluated():
@@ -222,6 +235,9 @@ class Trainer:
             begin, waited = time.perf_counter(), self.loader.wait_seconds
             batches = self._micro_batches(stream)
             result = self.engine.run_step(self.done, batches, self.loader.micro_steps)
+            if self.engine.stage != stage:
+                stage = self.engine.stage
+                say(f"stage {stage + 1} of {len(stages)}: {self._describe_teacher()}")
             self.done += 1
             self._guard(log, result)
             waited = self.loader.wait_seconds - waited
@@ -279,7 +295,7 @@ class Trainer:
         epoch, rest = divmod(self.done, self.engine.steps_per_epoch)
         if not every or not epoch or rest or epoch % every:
             return
-        accuracy = self.evaluation.accuracy(self.best_encoder())
+        accuracy = self.evaluation.accuracy(self.method.best_encoder())
         log.metrics.write(self.done, {"epoch": epoch, "knn_accuracy": accuracy})
         say(f"epoch {epoch}: kNN accuracy {100 * accuracy:.2f} %")
 
@@ -287,13 +303,11 @@ class Trainer:
         lines = read_metrics(self.folder / "metrics.jsonl")
         return any(line["step"] == self.done and "knn_accuracy" in line for line in lines)
 
-    def best_encoder(self) -> MaskedAutoencoder:
-        """The network whose features are meant to be used: the teacher's where there is one."""
-        named = networks(self.method)
-        return named.get("teacher", self.method.student)
-
     def _save_is_due(self, last_save: float) -> bool:
-        output = self.config.output
+        output, recipe = self.config.output, self.config.recipe
+        epoch, rest = divmod(self.done, self.engine.steps_per_epoch)
+        if not rest and any(epoch == end for _, end in recipe.stages[:-1]):
+            return True  # of a stage: the next step replaces the networks
         if output.checkpoint_every and self.done % output.checkpoint_every == 0:
             return True
         minutes = (time.perf_counter() - last_save) / 60
@@ -305,6 +319,7 @@ class Trainer:
         parts["optimizer"] = self.engine.optimizer.state_dict()
         state = {
             "identity": self.identity,
+            "stage": self.engine.stage,
             "config": to_dict(self.config),
             "precision": self.precision,
             "skipped_steps": self.skipped,
@@ -325,7 +340,7 @@ class Trainer:
         count = self.config.output.pictures
         try:
             write_loss_chart(self.folder)
-            if count:
+            if count and self.method.target == "pixels":
                 write_reconstructions(
                     self.folder / "reconstruction.png",
                     self.method,

@@ -1,0 +1,156 @@
+"""dBOT's teachers of other sizes and from elsewhere."""
+
+from functools import partial
+
+import pytest
+import torch
+from torch import nn
+
+from fastmim import DBOT, create_model
+from fastmim.methods import METHODS
+from fastmim.nn import FrozenTeacher, resize_pos_embed
+from fastmim.train import Trainer
+from fastmim.train.build import load_teacher, restore_run
+from fastmim.train.checkpoint import CheckpointError
+from tests import accuracy
+from tests.test_stages import assert_same_run
+from tests.training import MODELS, pretrain, recipe
+
+MODELS["nano_wide"] = {**MODELS["nano"], "embed_dim": 48, "depth": 2}
+MODELS["nano_coarse"] = {**MODELS["nano"], "embed_dim": 64, "patch_size": 8}
+MODELS["nano_fine"] = {**MODELS["nano"], "img_size": 24}
+
+
+class Convolutions(nn.Module):
+    """Stands in for a ViT of another library."""
+
+    def __init__(self, width: int, patch_size: int, with_cls: bool) -> None:
+        super().__init__()
+        self.proj = nn.Conv2d(3, width, patch_size, patch_size)
+        self.with_cls = with_cls
+
+
+def tokens_of(module: Convolutions, imgs: torch.Tensor) -> torch.Tensor:
+    tokens = module.proj(imgs).flatten(2).transpose(1, 2)
+    return torch.cat([tokens.mean(dim=1, keepdim=True), tokens], 1) if module.with_cls else tokens
+
+
+def student(**options):
+    return create_model("nano", target="tokens", **options)
+
+
+def of_digits(**options):
+    return student(in_chans=1, **options)
+
+
+def saved_run(folder, model="nano_wide", method="rc_mae"):
+    Trainer(pretrain(folder, method=method, recipe=recipe(model=model), stop_after=2)).run()
+    return folder / "run"
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_teacher_of_a_run_gives_the_features_of_its_best_encoder(tmp_path, method):
+    path = saved_run(tmp_path, method=method)
+    teacher, model = load_teacher(path, of_digits()), restore_run(path)[1]
+    imgs = torch.randint(0, 256, (2, 1, 16, 16), dtype=torch.uint8)
+    expected = model.best_encoder().eval().encode_image(imgs, final_norm=False)
+    accuracy.exact(teacher(imgs, of_digits()), expected)
+    assert not any(p.requires_grad for p in teacher.parameters())
+    assert not teacher.train().module.training
+
+
+def test_teacher_with_another_patch_size_sees_resized_images(tmp_path):
+    teacher = load_teacher(saved_run(tmp_path, "nano_coarse"), of_digits())
+    assert teacher.module.patch_embed.img_size == (32, 32)
+    assert teacher(torch.randn(2, 1, 16, 16), of_digits()).shape == (2, 17, 64)
+
+
+def test_position_table_of_the_teacher_is_interpolated(tmp_path):
+    path = saved_run(tmp_path, "nano_fine")
+    teacher = load_teacher(path, of_digits())
+    table = restore_run(path)[1].best_encoder().pos_embed
+    expected = resize_pos_embed(table, (6, 6), (4, 4))
+    accuracy.exact(teacher.module.pos_embed.detach(), expected.detach())
+    with pytest.raises(ValueError, match=r"expected a table \(1, 26, D\) for 5 x 5"):
+        resize_pos_embed(table, (5, 5), (4, 4))
+
+
+def test_stages_mix_teachers_and_resume_exactly(tmp_path):
+    path = saved_run(tmp_path / "larger")
+    chosen = recipe(
+        epochs=3,
+        warmup_epochs=0,
+        stage_epochs=(0, 1, 2, 3),
+        stage_depths=(1, 1, 2),
+        teachers=("own", "own", str(path)),
+    )
+    run = partial(pretrain, method="dbot", recipe=chosen)
+    Trainer(run(tmp_path / "a")).run()
+    for stop in (7, 15, None):
+        trainer = Trainer(run(tmp_path / "b", stop_after=stop))
+        trainer.run()
+    assert trainer.method.student.head.out_features == 48
+    assert_same_run(tmp_path / "b" / "run", tmp_path / "a" / "run")
+
+
+def test_width_of_the_teacher_needs_projection(tmp_path):
+    path = saved_run(tmp_path / "larger")
+    method = DBOT(of_digits(), teachers=[load_teacher(path, of_digits())])
+    assert method.student.head.out_features == 48
+    chosen = recipe(teachers=(str(path),), projection=False)
+    with pytest.raises(ValueError, match=r"gives 48 features, the student predicts 32; allow proj"):
+        Trainer(pretrain(tmp_path, method="dbot", recipe=chosen))
+    DBOT(of_digits(target_dim=48), teachers=[load_teacher(path, of_digits())], projection=False)
+
+
+@pytest.mark.parametrize("with_cls", [True, False])
+@pytest.mark.parametrize(("patch_size", "img_size"), [(4, None), (2, (8, 8)), (7, (28, 28))])
+def test_any_module_teaches(with_cls, patch_size, img_size):
+    module = Convolutions(40, patch_size, with_cls)
+    teacher = FrozenTeacher(module, tokens_of, img_size=img_size)
+    method = DBOT(student(), teachers=[teacher])
+    imgs = torch.randint(0, 256, (2, 3, 16, 16), dtype=torch.uint8)
+    loss = method(imgs).total
+    loss.backward()
+    assert loss.isfinite()
+    assert method.teach(imgs, None).shape == (2, 16 + with_cls, 40)
+    assert all(p.grad is None for p in module.parameters())
+    assert all(p.grad is not None for p in method.student.parameters() if p.requires_grad)
+    method.begin_stage(1)  # then its own
+    assert method.student.head.out_features == 32
+
+
+def test_teacher_sees_images_normalised_as_the_students():
+    seen = []
+    module = Convolutions(40, 4, True)
+    teacher = FrozenTeacher(module, lambda m, imgs: seen.append(imgs) or tokens_of(m, imgs))
+    method = DBOT(student(), teachers=[teacher])
+    pixels = torch.randint(0, 256, (2, 3, 16, 16), dtype=torch.uint8)
+    method.teach(pixels, None)
+    mean, std = torch.tensor([0.485, 0.456, 0.406]), torch.tensor([0.229, 0.224, 0.225])
+    expected = (pixels.double() / 255 - mean.double()[:, None, None]) / std.double()[:, None, None]
+    accuracy.golden(seen[-1], expected.float())
+
+
+def test_teacher_with_other_patches_is_refused_with_the_remedy():
+    with pytest.raises(ValueError, match=r"expected features \(B, 16 or 17, D\).*give img_size"):
+        DBOT(student(), teachers=[FrozenTeacher(Convolutions(32, 8, True), tokens_of)])
+    with pytest.raises(ValueError, match="Convolutions is no encoder of fastmim; give features"):
+        FrozenTeacher(Convolutions(32, 8, True))
+
+
+def test_teacher_that_is_not_there_or_has_other_channels_is_refused(tmp_path):
+    chosen = recipe(teachers=(str(tmp_path / "nowhere"),))
+    with pytest.raises(CheckpointError, match="nowhere: holds no checkpoint"):
+        Trainer(pretrain(tmp_path, method="dbot", recipe=chosen))
+    path = saved_run(tmp_path)
+    with pytest.raises(CheckpointError, match="of 1 channels for a student of 3"):
+        load_teacher(path, student())
+
+
+@pytest.mark.parametrize(("name", "target"), [("dbot", "tokens"), ("sdae", "features")])
+def test_student_that_predicts_something_else_is_refused(name, target):
+    with pytest.raises(ValueError, match=f"create the model with target='{target}'"):
+        METHODS[name](create_model("nano"))
+    with pytest.raises(ValueError, match=f"predicts {target} of a teacher, not pixels"):
+        create_model("nano", target=target)(torch.randn(2, 3, 16, 16))
