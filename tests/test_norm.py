@@ -86,8 +86,8 @@ def test_statistics_are_those_of_the_rounded_stream(backend, dtype, branch_dtype
     branch = torch.randn(3, 5, 24, device=device).to(branch_dtype)
     weight, bias = torch.randn(2, 24, device=device)
     with use_backend(backend):
-        out, total = norm(x, weight, bias, eps=1e-6, branch=branch)
-        again, same = norm(total, weight, bias, eps=1e-6)
+        out, total = norm(x, weight, bias, eps=1e-6, branch=branch, dtype=x.dtype)
+        again, same = norm(total, weight, bias, eps=1e-6, dtype=x.dtype)
     assert out.dtype == total.dtype == dtype
     accuracy.rounding(total, x.double() + branch.double())
     accuracy.exact(again, out)

@@ -59,6 +59,8 @@ class MaskedAutoencoder(Encoder):
         norm_layer: Makes a normalisation for a width, in encoder and decoder.
         decoder_drop_path: Stochastic depth of the decoder's last block, see
             :class:`fastmim.nn.Blocks`; ``drop_path`` is the encoder's.
+        memory: As in :class:`fastmim.nn.Encoder`, of encoder and decoder.
+        residual_dtype: Likewise.
         **encoder: Arguments of :class:`fastmim.nn.Encoder`.
     """
 
@@ -74,6 +76,8 @@ class MaskedAutoencoder(Encoder):
         mlp_ratio: float = 4.0,
         norm_layer: Callable[[int], nn.Module] = LAYER_NORM,
         decoder_drop_path: float = 0.0,
+        memory: str = "standard",
+        residual_dtype: torch.dtype | None = None,
         **encoder,
     ) -> None:
         if decoder_depth < 1:
@@ -87,7 +91,13 @@ class MaskedAutoencoder(Encoder):
         unknown = [n for n in encoder if n not in inspect.signature(Encoder).parameters]
         if unknown:
             raise TypeError(f"MaskedAutoencoder: unknown arguments {', '.join(unknown)}")
-        super().__init__(mlp_ratio=mlp_ratio, norm_layer=norm_layer, **encoder)
+        super().__init__(
+            mlp_ratio=mlp_ratio,
+            norm_layer=norm_layer,
+            memory=memory,
+            residual_dtype=residual_dtype,
+            **encoder,
+        )
         self._decoder_options = dict(
             target=target,
             target_dim=target_dim,
@@ -106,10 +116,11 @@ class MaskedAutoencoder(Encoder):
         self.decoder_embed = Linear(self.embed_dim, decoder_embed_dim)
         self.decoder_blocks = Blocks(
             (
-                Block(decoder_embed_dim, decoder_num_heads, mlp_ratio, norm_layer)
+                Block(decoder_embed_dim, decoder_num_heads, mlp_ratio, norm_layer, memory)
                 for _ in range(decoder_depth)
             ),
             decoder_drop_path,
+            residual_dtype,
         )
         self.decoder_norm = norm_layer(decoder_embed_dim)
         values = self.patch_size**2 * self.patch_embed.in_chans

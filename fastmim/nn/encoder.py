@@ -43,6 +43,9 @@ class Encoder(nn.Module):
         mlp_ratio: Hidden width of the MLP divided by D.
         norm_layer: Makes a normalisation for a width.
         drop_path: Stochastic depth of the last block, see :class:`fastmim.nn.Blocks`.
+        memory: What blocks keep for the backward pass: standard, lean, recompute_mlp or checkpoint,
+            see :class:`fastmim.nn.Block`.
+        residual_dtype: Of the residual stream. Default: that of the tokens, float32 in training.
         pixel_mean: For uint8 images, see :class:`fastmim.nn.PatchEmbed`.
         pixel_std: Likewise.
     """
@@ -59,6 +62,8 @@ class Encoder(nn.Module):
         mlp_ratio: float = 4.0,
         norm_layer: Callable[[int], nn.Module] = LAYER_NORM,
         drop_path: float = 0.0,
+        memory: str = "standard",
+        residual_dtype: torch.dtype | None = None,
         pixel_mean: tuple[float, ...] | None = None,
         pixel_std: tuple[float, ...] | None = None,
     ) -> None:
@@ -73,6 +78,8 @@ class Encoder(nn.Module):
             mlp_ratio=mlp_ratio,
             norm_layer=norm_layer,
             drop_path=drop_path,
+            memory=memory,
+            residual_dtype=residual_dtype,
             pixel_mean=pixel_mean,
             pixel_std=pixel_std,
         )
@@ -84,7 +91,9 @@ class Encoder(nn.Module):
             sincos_pos_embed(embed_dim, self.grid_size), requires_grad=False
         )
         self.blocks = Blocks(
-            (Block(embed_dim, num_heads, mlp_ratio, norm_layer) for _ in range(depth)), drop_path
+            (Block(embed_dim, num_heads, mlp_ratio, norm_layer, memory) for _ in range(depth)),
+            drop_path,
+            residual_dtype,
         )
         self.norm = norm_layer(embed_dim)
 

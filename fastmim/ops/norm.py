@@ -44,7 +44,7 @@ def norm(
         bias: (D,).
         eps: Added to the variance.
         branch: (..., D) like ``x``, in any floating-point dtype; or None for no add.
-        dtype: Of ``out``. Default: autocast's if it is on, else that of ``x``.
+        dtype: Of ``out``. Default: autocast's if it is on, else the wider of ``x`` and ``weight``.
 
     Returns:
         ``out`` and ``total``, contiguous; ``total`` is ``x`` itself if there is no branch. The
@@ -54,7 +54,8 @@ def norm(
         ValueError: If the sizes do not fit.
     """
     _check("norm", x, weight, bias, branch)
-    out, total, _, _ = _norm(x, branch, weight, bias, eps, dtype or autocast_dtype(x) or x.dtype)
+    dtype = dtype or _compute_dtype(x, weight)
+    out, total, _, _ = _norm(x, branch, weight, bias, eps, dtype)
     return Normalized(out, x if branch is None else total)
 
 
@@ -83,8 +84,8 @@ def norm_linear(
         branch: (..., D) like ``x``, in any floating-point dtype; or None for no add.
 
     Returns:
-        ``out`` (..., E), in autocast's dtype if it is on, else that of ``x``; and ``total`` as
-        :func:`norm` gives it.
+        ``out`` (..., E), in autocast's dtype if it is on, else the wider of ``x`` and
+        ``norm_weight``; and ``total`` as :func:`norm` gives it.
 
     Raises:
         ValueError: If the sizes do not fit.
@@ -95,7 +96,7 @@ def norm_linear(
             f"norm_linear: expected weight (E, {x.shape[-1]}) for x {tuple(x.shape)}, "
             f"got {tuple(weight.shape)}"
         )
-    dtype = autocast_dtype(x) or x.dtype
+    dtype = _compute_dtype(x, norm_weight)
     out, total, _, _ = _norm_linear(
         x,
         branch,
@@ -106,6 +107,10 @@ def norm_linear(
         None if bias is None else bias.to(dtype),
     )
     return Normalized(out, x if branch is None else total)
+
+
+def _compute_dtype(x: Tensor, weight: Tensor) -> torch.dtype:
+    return autocast_dtype(x) or torch.promote_types(x.dtype, weight.dtype)
 
 
 def _check(function: str, x: Tensor, weight: Tensor, bias: Tensor, branch: Tensor | None) -> None:

@@ -14,14 +14,19 @@ from fastmim.methods import METHODS, Method
 from fastmim.models import MODELS, create_model, did_you_mean
 from fastmim.nn import Encoder, FrozenTeacher, MaskedAutoencoder, resize_pos_embed
 from fastmim.train.checkpoint import Checkpoint, CheckpointError, check_parts, load
-from fastmim.train.config import OWN_TEACHER, Recipe, recipe_from_dict
+from fastmim.train.config import OWN_TEACHER, Efficiency, Recipe, recipe_from_dict
 from fastmim.train.folder import newest_checkpoint
 
 _NAMES = 1000  # of a data set, looked at to tell it from another one
 
 
 def build_autoencoder(
-    method: str, recipe: Recipe, channels: int, mean: tuple[float, ...], std: tuple[float, ...]
+    method: str,
+    recipe: Recipe,
+    channels: int,
+    mean: tuple[float, ...],
+    std: tuple[float, ...],
+    efficiency: Efficiency | None = None,
 ) -> MaskedAutoencoder:
     """The network with its initial weights, a function of the recipe's seed.
 
@@ -31,6 +36,7 @@ def build_autoencoder(
         channels: Of the images.
         mean: Of each channel on the scale 0..1, for uint8 images.
         std: Likewise.
+        efficiency: Memory mode and residual stream of a network that is trained.
     """
     if recipe.model not in MODELS:
         raise ValueError(f"recipe.model: {did_you_mean('model', recipe.model, MODELS)}")
@@ -39,6 +45,9 @@ def build_autoencoder(
         options["img_size"] = recipe.img_size
     if recipe.stage_depths is not None:
         options["depth"] = recipe.stage_depths[0]
+    if efficiency is not None:
+        options["memory"] = efficiency.memory
+        options["residual_dtype"] = torch.bfloat16 if efficiency.residual == "bf16" else None
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(recipe.seed)
         return create_model(

@@ -164,6 +164,9 @@ class Efficiency:
         precision: Of matrix products. bf16: autocast, with float32 weights, teacher, residual
             stream and losses. auto: bf16 where the processor computes it natively and the model is
             wide enough to gain, else fp32.
+        memory: What blocks keep for the backward pass; the others compute it again, with the same
+            result. See fastmim.nn.Block.
+        residual: Precision of the residual stream; bf16 saves memory and changes rounding.
         workers: Processes that load images; 0: the training process does.
         threads: CPU threads of the training process. Default: torch's.
         device: auto: a GPU if there is one, else the CPU.
@@ -171,6 +174,8 @@ class Efficiency:
 
     micro_batch: int | None = None
     precision: Literal["auto", "fp32", "bf16"] = "auto"
+    memory: Literal["standard", "lean", "recompute_mlp", "checkpoint"] = "standard"
+    residual: Literal["fp32", "bf16"] = "fp32"
     workers: int = 0
     threads: int | None = None
     device: str = "auto"

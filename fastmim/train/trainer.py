@@ -77,7 +77,12 @@ class Trainer:
         self.device = resolve_device(efficiency.device)
         self.source: Source = open_source(config.data.path)
         autoencoder = build_autoencoder(
-            config.method, recipe, self.source.channels, self.source.mean, self.source.std
+            config.method,
+            recipe,
+            self.source.channels,
+            self.source.mean,
+            self.source.std,
+            efficiency,
         )
         image_size = autoencoder.patch_embed.img_size
         self.precision = resolve_precision(efficiency.precision, self.device, autoencoder.embed_dim)

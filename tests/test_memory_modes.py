@@ -1,0 +1,108 @@
+"""Blocks that keep less for the backward pass give the same results."""
+
+import pytest
+import torch
+from torch import nn
+
+from fastmim.nn import Block, MaskedAutoencoder
+from fastmim.nn.encoder import LAYER_NORM
+from fastmim.nn.layers import MEMORY_MODES, Linear, Residual
+from fastmim.ops import sample_masks
+from tests import accuracy
+
+B, N, DIM, HEADS = 64, 50, 64, 4
+# Bytes for each token and value of width that a block may keep under bf16 autocast, in its tensors
+# of B * N rows: with a float32 and with a bfloat16 residual stream.
+MOST = {"standard": (36, 32), "lean": (24, 20), "recompute_mlp": (16, 12)}
+
+
+def block(memory: str) -> Block:
+    torch.manual_seed(0)
+    return Block(DIM, HEADS, 4.0, LAYER_NORM, memory)
+
+
+def stream(dtype: torch.dtype) -> Residual:
+    torch.manual_seed(1)
+    return Residual(*(torch.randn(B, N, DIM, dtype=dtype).requires_grad_() for _ in range(2)))
+
+
+def kept(memory: str, residual: torch.dtype, device: str) -> float:
+    """Bytes a token and value of width; statistics of a row (one value each) are left out."""
+    layer, given = block(memory).to(device), stream(residual)
+    branch = given.branch.detach().to(device, torch.bfloat16)
+    storages = {}
+
+    def pack(tensor):
+        if tensor.numel() >= B * N * DIM:
+            storages[tensor.untyped_storage().data_ptr()] = tensor.untyped_storage().nbytes()
+        return tensor
+
+    with (
+        torch.autocast(device, torch.bfloat16),
+        torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor),
+    ):
+        out = layer(Residual(given.x.to(device), branch))
+    del out
+    return sum(storages.values()) / (B * N * DIM)
+
+
+@pytest.mark.parametrize("memory", MOST)
+@pytest.mark.parametrize("residual", [torch.float32, torch.bfloat16])
+def test_a_block_keeps_at_most_its_bytes(memory, residual, device):
+    assert kept(memory, residual, device) <= MOST[memory][residual == torch.bfloat16]
+
+
+def outcome(memory: str, *, ids: torch.Tensor | None, dtype: torch.dtype) -> list[torch.Tensor]:
+    layer, given = block(memory).to(dtype), stream(dtype)
+    scale = torch.tensor([1.0, 2.0], dtype=dtype).expand(B, 2)
+    out = layer(given, ids, scale)
+    torch.manual_seed(2)
+    out.total().backward(torch.randn_like(out.x))
+    return [out.total().detach(), given.x.grad, given.branch.grad] + [
+        p.grad for p in layer.parameters()
+    ]
+
+
+@pytest.mark.parametrize("memory", [m for m in MEMORY_MODES if m != "standard"])
+@pytest.mark.parametrize("some", [False, True])
+def test_results_and_gradients_are_those_of_the_standard_mode(memory, some):
+    ids = torch.arange(5, 25).expand(B, -1) if some else None
+    truth = outcome("standard", ids=ids, dtype=torch.float64)
+    plain = outcome("standard", ids=ids, dtype=torch.float32)
+    got = outcome(memory, ids=ids, dtype=torch.float32)
+    for a, b, c in zip(got, plain, truth, strict=True):
+        accuracy.relative(a, b, c)
+
+
+@pytest.mark.parametrize("memory", MEMORY_MODES)
+def test_a_model_trains_in_every_mode(memory):
+    torch.manual_seed(0)
+    model = MaskedAutoencoder(
+        img_size=16,
+        patch_size=4,
+        embed_dim=32,
+        depth=2,
+        num_heads=2,
+        decoder_embed_dim=32,
+        decoder_depth=2,
+        decoder_num_heads=2,
+        memory=memory,
+        residual_dtype=torch.bfloat16,
+    )
+    imgs = torch.randn(3, 3, 16, 16)
+    masks = sample_masks(0, 0, torch.arange(3), model.num_patches, 4)
+    model(imgs, masks).loss.backward()
+    for name, parameter in model.named_parameters():
+        assert not parameter.requires_grad or parameter.grad.isfinite().all(), name
+
+
+def test_an_unknown_mode_is_named():
+    with pytest.raises(ValueError, match="expected memory standard, lean, recompute_mlp, checkp"):
+        block("small")
+
+
+def test_a_lean_block_refuses_a_replaced_layer():
+    layer = block("lean")
+    layer.attn.qkv = nn.Sequential(Linear(DIM, 3 * DIM))
+    with pytest.raises(TypeError, match=r"memory 'lean'.*got LayerNorm and Sequential"):
+        layer(stream(torch.float32))
