@@ -5,10 +5,10 @@
 // nothing.
 #pragma once
 
-#include "simd.h"
-
 #include <cmath>
 #include <cstdint>
+
+#include "inline.h"
 
 namespace fastmim {
 
@@ -36,11 +36,12 @@ FASTMIM_INLINE double power(double base, int64_t exponent) {
 
 // `step` counts from 1: the value after the increment.
 FASTMIM_INLINE AdamWScalars adamw_scalars(double lr, double momentum, double grad_scale,
-                                          double beta1, double beta2, double eps, int64_t step) {
+                                          double clip, double beta1, double beta2, double eps,
+                                          int64_t step) {
   const double correction1 = 1.0 - power(beta1, step);
   const double correction2 = 1.0 - power(beta2, step);
   return {
-      static_cast<float>(grad_scale),
+      static_cast<float>(grad_scale * clip),
       static_cast<float>(1.0 - beta1),
       static_cast<float>(beta2),
       static_cast<float>(1.0 - beta2),

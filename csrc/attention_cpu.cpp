@@ -290,12 +290,6 @@ Tensor attention_backward_cpu(Tensor grad, Tensor qkv, Tensor out, Tensor lse, d
 
 }  // namespace
 
-STABLE_TORCH_LIBRARY_FRAGMENT(fastmim_native, m) {
-  m.def("attention(Tensor qkv, float scale) -> (Tensor, Tensor)");
-  m.def(
-      "attention_backward(Tensor grad, Tensor qkv, Tensor out, Tensor lse, float scale) -> Tensor");
-}
-
 STABLE_TORCH_LIBRARY_IMPL(fastmim_native, CPU, m) {
   m.impl("attention", TORCH_BOX(&attention_cpu));
   m.impl("attention_backward", TORCH_BOX(&attention_backward_cpu));

@@ -1,4 +1,4 @@
-// What the CPU and the CUDA operators refuse, in the same words, without reading tensor values.
+// How the CPU and the CUDA operators refuse arguments: in the same words, without reading values.
 #pragma once
 
 #include <torch/csrc/stable/library.h>
@@ -72,13 +72,20 @@ struct Checks {
   }
 
   // A list that runs beside `like`: as long, and of the same shapes.
-  void list(const char* name, const Tensors& xs, const char* like_name, const Tensors& like) const {
+  void list(const std::string& name, const Tensors& xs, const std::string& like_name,
+            const Tensors& like,
+            std::initializer_list<ScalarType> types = {ScalarType::Float}) const {
     if (xs.size() != like.size())
       refuse(op, ": ", name, " has ", xs.size(), " tensors, ", like_name, " has ", like.size());
     for (size_t i = 0; i < xs.size(); ++i) {
-      if (xs[i].scalar_type() != ScalarType::Float)
-        refuse(op, ": expected ", name, "[", i, "] to be Float (float32), got ",
-               torch::headeronly::toString(xs[i].scalar_type()));
+      const auto type = xs[i].scalar_type();
+      if (std::find(types.begin(), types.end(), type) == types.end()) {
+        std::string expected;
+        for (const ScalarType t : types)
+          expected += (expected.empty() ? "" : " or ") + std::string(torch::headeronly::toString(t));
+        refuse(op, ": expected ", name, "[", i, "] to be ", expected, ", got ",
+               torch::headeronly::toString(type));
+      }
       if (!same_shape(xs[i], like[i]))
         refuse(op, ": ", name, "[", i, "] has shape ", shape_of(xs[i]), ", ", like_name, "[", i,
                "] has ", shape_of(like[i]));
@@ -115,45 +122,12 @@ struct Checks {
     dtype(name, x.scalar_type(), is_floating(x.scalar_type()));
   }
 
-  void placed(const char* name, int64_t i, const Tensor& x) const {
+  void placed(const std::string& name, int64_t i, const Tensor& x) const {
     if (device_of(x) == device) return;
-    const std::string which = i < 0 ? name : std::string(name) + "[" + std::to_string(i) + "]";
+    const std::string which = i < 0 ? name : name + "[" + std::to_string(i) + "]";
     refuse(op, ": ", which, " is on ", device_of(x), ", expected ", device);
   }
 };
-
-inline void check_ema_update(const Tensors& teachers, const Tensors& students,
-                             const Tensor& momentum, const std::string& device) {
-  const Checks check{"ema_update_", device};
-  check.scalar("momentum", momentum, ScalarType::Double);
-  check.list("teachers", teachers, "teachers", teachers);
-  check.list("students", students, "teachers", teachers);
-}
-
-inline void check_adamw_ema(const Tensors& params, const Tensors& grads, const Tensors& exp_avgs,
-                            const Tensors& exp_avg_sqs, const Tensors& teachers, const Tensor& step,
-                            const Tensor& lr, const Tensor& momentum, const Tensor& grad_scale,
-                            const Tensor& skip, const Tensor& weight_decay,
-                            const std::string& device) {
-  const Checks check{"adamw_ema_", device};
-  check.scalar("step", step, ScalarType::Long);
-  check.scalar("lr", lr, ScalarType::Double);
-  check.scalar("momentum", momentum, ScalarType::Double);
-  check.scalar("grad_scale", grad_scale, ScalarType::Double);
-  check.scalar("skip", skip, ScalarType::Bool);
-  const auto count = static_cast<int64_t>(params.size());
-  if (weight_decay.dim() != 1 || weight_decay.size(0) != count ||
-      weight_decay.scalar_type() != ScalarType::Double || !weight_decay.is_contiguous())
-    refuse("adamw_ema_: expected weight_decay to be a contiguous Double tensor of shape (", count,
-           ",), one value a parameter, got ",
-           torch::headeronly::toString(weight_decay.scalar_type()), " ", shape_of(weight_decay));
-  check.placed("weight_decay", -1, weight_decay);
-  check.list("params", params, "params", params);
-  check.list("grads", grads, "params", params);
-  check.list("exp_avgs", exp_avgs, "params", params);
-  check.list("exp_avg_sqs", exp_avg_sqs, "params", params);
-  if (!teachers.empty()) check.list("teachers", teachers, "params", params);
-}
 
 inline void check_sample_masks(const Tensor& sample_ids, int64_t num_patches,
                                const std::string& device) {

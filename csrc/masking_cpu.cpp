@@ -104,12 +104,6 @@ std::tuple<Tensor, Tensor> sample_masks_cpu(Tensor sample_ids, int64_t seed, int
 
 }  // namespace
 
-STABLE_TORCH_LIBRARY_FRAGMENT(fastmim_native, m) {
-  m.def(
-      "sample_masks(Tensor sample_ids, int seed, int epoch, int num_patches) "
-      "-> (Tensor, Tensor)");
-}
-
 STABLE_TORCH_LIBRARY_IMPL(fastmim_native, CPU, m) {
   m.impl("sample_masks", TORCH_BOX(&sample_masks_cpu));
 }

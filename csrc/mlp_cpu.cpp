@@ -115,11 +115,6 @@ std::tuple<Tensor, Tensor> bias_gelu_backward_cpu(Tensor grad, Tensor x, Tensor 
 
 }  // namespace
 
-STABLE_TORCH_LIBRARY_FRAGMENT(fastmim_native, m) {
-  m.def("bias_gelu(Tensor x, Tensor bias) -> Tensor");
-  m.def("bias_gelu_backward(Tensor grad, Tensor x, Tensor bias) -> (Tensor, Tensor)");
-}
-
 STABLE_TORCH_LIBRARY_IMPL(fastmim_native, CPU, m) {
   m.impl("bias_gelu", TORCH_BOX(&bias_gelu_cpu));
   m.impl("bias_gelu_backward", TORCH_BOX(&bias_gelu_backward_cpu));

@@ -207,15 +207,6 @@ std::tuple<Tensor, Tensor, Tensor> norm_backward_cpu(Tensor grad, std::optional<
 
 }  // namespace
 
-STABLE_TORCH_LIBRARY_FRAGMENT(fastmim_native, m) {
-  m.def(
-      "norm(Tensor x, Tensor? branch, Tensor weight, Tensor bias, float eps, ScalarType dtype) "
-      "-> (Tensor, Tensor, Tensor, Tensor)");
-  m.def(
-      "norm_backward(Tensor grad, Tensor? grad_total, Tensor total, Tensor mean, Tensor rstd, "
-      "Tensor weight) -> (Tensor, Tensor, Tensor)");
-}
-
 STABLE_TORCH_LIBRARY_IMPL(fastmim_native, CPU, m) {
   m.impl("norm", TORCH_BOX(&norm_cpu));
   m.impl("norm_backward", TORCH_BOX(&norm_backward_cpu));

@@ -339,16 +339,6 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> patch_loss_cpu(
 
 }  // namespace
 
-STABLE_TORCH_LIBRARY_FRAGMENT(fastmim_native, m) {
-  m.def(
-      "gather_patches(Tensor imgs, Tensor ids, int patch_size, Tensor? scale, Tensor? shift, "
-      "ScalarType dtype) -> Tensor");
-  m.def(
-      "patch_loss(Tensor pred, Tensor imgs, Tensor ids, int patch_size, bool norm_pix, "
-      "Tensor? teacher_pred, float gamma, Tensor? scale, Tensor? shift) "
-      "-> (Tensor, Tensor, Tensor, Tensor)");
-}
-
 STABLE_TORCH_LIBRARY_IMPL(fastmim_native, CPU, m) {
   m.impl("gather_patches", TORCH_BOX(&gather_patches_cpu));
   m.impl("patch_loss", TORCH_BOX(&patch_loss_cpu));

@@ -1,14 +1,10 @@
 // The instruction sets the CPU kernels are compiled for, and the choice among them.
 #pragma once
 
+#include "inline.h"
+
 #include <cstdlib>
 #include <cstring>
-
-#ifdef __CUDACC__
-#define FASTMIM_INLINE __host__ __device__ __forceinline__
-#else
-#define FASTMIM_INLINE inline __attribute__((always_inline))
-#endif
 
 namespace fastmim {
 
@@ -24,7 +20,8 @@ constexpr const char* SIMD_VARIANTS[] = {"default"};
 inline int simd_variant() {
 #if defined(__x86_64__)
   const bool avx2 = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma");
-  int variant = __builtin_cpu_supports("avx512f") ? 2 : avx2 ? 1 : 0;
+  const bool avx512 = __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw");
+  int variant = avx512 ? 2 : avx2 ? 1 : 0;
   if (const char* wanted = std::getenv("ATEN_CPU_CAPABILITY"))
     for (int lower = 0; lower < variant; ++lower)
       if (std::strcmp(wanted, SIMD_VARIANTS[lower]) == 0) variant = lower;
@@ -46,7 +43,7 @@ struct Compiled<loop> {
   static void baseline(Args... args) { loop(args...); }
 #if defined(__x86_64__)
   __attribute__((target("avx2"))) static void avx2(Args... args) { loop(args...); }
-  __attribute__((target("avx512f,prefer-vector-width=512"))) static void avx512(Args... args) {
+  __attribute__((target("avx512f,avx512bw,prefer-vector-width=512"))) static void avx512(Args... args) {
     loop(args...);
   }
   static constexpr Function VARIANTS[] = {baseline, avx2, avx512};

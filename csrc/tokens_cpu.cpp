@@ -199,17 +199,6 @@ std::tuple<Tensor, Tensor> restore_tokens_backward_cpu(Tensor grad, Tensor ids_s
 
 }  // namespace
 
-STABLE_TORCH_LIBRARY_FRAGMENT(fastmim_native, m) {
-  m.def("gather_tokens(Tensor x, Tensor ids) -> Tensor");
-  m.def("scatter_tokens(Tensor x, Tensor ids, int num_tokens) -> Tensor");
-  m.def(
-      "restore_tokens(Tensor x, Tensor mask_token, Tensor ids_shuffle, Tensor ids_restore, "
-      "Tensor pos_embed) -> Tensor");
-  m.def(
-      "restore_tokens_backward(Tensor grad, Tensor ids_shuffle, int num_visible) "
-      "-> (Tensor, Tensor)");
-}
-
 STABLE_TORCH_LIBRARY_IMPL(fastmim_native, CPU, m) {
   m.impl("gather_tokens", TORCH_BOX(&gather_tokens_cpu));
   m.impl("scatter_tokens", TORCH_BOX(&scatter_tokens_cpu));

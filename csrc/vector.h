@@ -50,7 +50,7 @@ struct ForEachWidth {
     Kernel<8>::run(args...);
   }
   template <typename... Args>
-  __attribute__((target("avx512f,prefer-vector-width=512"))) static void avx512(Args&... args) {
+  __attribute__((target("avx512f,avx512bw,prefer-vector-width=512"))) static void avx512(Args&... args) {
     Kernel<16>::run(args...);
   }
 #endif

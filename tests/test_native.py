@@ -18,7 +18,7 @@ native = pytest.importorskip(
 ops = torch.ops.fastmim_native
 
 DEVICES = ["cpu"] + (["cuda"] if torch.cuda.is_available() and native.build_info()["cuda"] else [])
-# Below, at and above one vector, one chunk (2**14 elements) and one kernel table (512 tensors).
+# Below, at and above one vector and one chunk (2**14 elements on the CPU), and many tensors.
 SIZES = [(0,), (1,), (5,), (3, 0, 2), (16,), (7, 11), (40_000,), (3 * 2**14,)] + [(7,)] * 520
 BETA1, BETA2, EPS = 0.9, 0.95, 1e-8
 
@@ -27,29 +27,79 @@ def scalar(value, dtype=torch.float64, device="cpu"):
     return torch.tensor(value, dtype=dtype, device=device)
 
 
-def adamw_inputs(sizes, device="cpu", *, teachers=True, skip=False, unaligned=False, step=4):
+def split(master):
+    """The halves of storage.h, in integers: bits = (high << 16) + remainder."""
+    bits = master.view(torch.int32)
+    high = ((bits + 0x8000) >> 16).to(torch.int16).view(torch.bfloat16)
+    return high, ((bits << 16) >> 16).to(torch.int16)
+
+
+def join(high, remainder):
+    bits = (high.view(torch.int16).to(torch.int32) << 16) + remainder
+    return bits.view(torch.float32)
+
+
+def shifted(x):
+    """The same values one element into their memory, so aligned to no vector."""
+    return torch.cat([x.view(-1)[:1], x.view(-1)])[-x.numel() :].view(x.shape) if x.numel() else x
+
+
+def adamw_inputs(
+    sizes,
+    device="cpu",
+    *,
+    params="plain",
+    teachers="plain",
+    grads=torch.float32,
+    skip=False,
+    unaligned=False,
+    step=4,
+):
+    """Arguments of adamw_ema_ before its constants; params and teachers plain, copied or split."""
     generator = torch.Generator().manual_seed(0)
 
-    def tensors(scale):
+    def tensors(scale, dtype=torch.float32):
         made = []
         for size in sizes:
             numel = torch.Size(size).numel()
             # Not randn: its values depend on the instruction set.
-            flat = torch.randint(-(2**20), 2**20, (numel + 1,), generator=generator) / 2**20
-            flat = (flat * scale).to(device)
-            made.append(flat[1:].view(size) if unaligned else flat[1:].clone().view(size))
+            flat = torch.randint(-(2**20), 2**20, (numel,), generator=generator) / 2**20
+            made.append((flat * scale).to(dtype).view(size))
         return made
 
+    def stored(storage):
+        masters = tensors(1.0)
+        if storage == "none":
+            return [], [], []
+        if storage == "split":
+            pairs = [split(x) for x in masters]
+            return [h for h, _ in pairs], [r for _, r in pairs], []
+        copied = storage == "copied"
+        return masters, [], [torch.zeros_like(x, dtype=torch.bfloat16) for x in masters if copied]
+
+    def placed(tensors):
+        return [shifted(x).to(device) if unaligned else x.to(device) for x in tensors]
+
+    param_lists = stored(params)
+    gradients = tensors(8.0, grads)
+    exp_avgs = tensors(0.1)
+    exp_avg_sqs = [x.square() for x in tensors(0.1)]
+    teacher_lists = stored(teachers)
     return SimpleNamespace(
-        params=tensors(1.0),
-        grads=tensors(8.0),
-        exp_avgs=tensors(0.1),
-        exp_avg_sqs=[x.square() for x in tensors(0.1)],
-        teachers=tensors(1.0) if teachers else [],
+        params=placed(param_lists[0]),
+        grads=placed(gradients),
+        exp_avgs=placed(exp_avgs),
+        exp_avg_sqs=placed(exp_avg_sqs),
+        teachers=placed(teacher_lists[0]),
+        param_remainders=placed(param_lists[1]),
+        teacher_remainders=placed(teacher_lists[1]),
+        param_copies=placed(param_lists[2]),
+        teacher_copies=placed(teacher_lists[2]),
         step=scalar(step, torch.int64, device),
         lr=scalar(1e-2, device=device),
         momentum=scalar(0.9, device=device),
         grad_scale=scalar(0.125, device=device),
+        clip=scalar(0.75, device=device),
         skip=scalar(skip, torch.bool, device),
         weight_decay=torch.arange(len(sizes), dtype=torch.float64, device=device) / 8192,
     )
@@ -59,53 +109,204 @@ def adamw_ema_(inputs):
     ops.adamw_ema_(*vars(inputs).values(), BETA1, BETA2, EPS)
 
 
+def ema_update_(teachers, students, momentum, teacher_remainders=(), student_remainders=(),
+                teacher_copies=(), skip=None):  # fmt: skip
+    if skip is None:
+        skip = scalar(False, torch.bool, momentum.device)
+    lists = teachers, students, teacher_remainders, student_remainders, teacher_copies
+    ops.ema_update_(*map(list, lists), momentum, skip)
+
+
 def state(inputs):
     """Every byte the operator may write, on the CPU."""
-    lists = (inputs.params, inputs.exp_avgs, inputs.exp_avg_sqs, inputs.teachers, [inputs.step])
+    lists = [x if isinstance(x, list) else [x] for x in vars(inputs).values()]
     return [x.detach().cpu().clone() for xs in lists for x in xs]
+
+
+def masters(inputs):
+    """float32 values of params, moments and teachers, however stored."""
+    lists = []
+    for name in ("param", "teacher"):
+        tensors, remainders = getattr(inputs, f"{name}s"), getattr(inputs, f"{name}_remainders")
+        lists += map(join, tensors, remainders) if remainders else tensors
+    return [x.cpu() for x in (*lists, *inputs.exp_avgs, *inputs.exp_avg_sqs)]
 
 
 def assert_same_bytes(actual, expected):
     for a, e in zip(actual, expected, strict=True):
         assert (a.shape, a.dtype) == (e.shape, e.dtype)
-        assert torch.equal(a.view(-1).view(torch.uint8), e.view(-1).view(torch.uint8))
+        a, e = (x.contiguous().view(-1).view(torch.uint8) for x in (a, e))
+        assert torch.equal(a, e)
 
 
-@pytest.mark.parametrize("device", DEVICES)
+STORAGES = [
+    dict(params="plain", teachers="plain"),
+    dict(params="plain", teachers="none"),
+    dict(params="copied", teachers="copied"),
+    dict(params="split", teachers="split"),
+    dict(params="split", teachers="none"),
+    dict(params="split", teachers="copied"),
+    dict(params="plain", teachers="split"),
+]
+each_storage = pytest.mark.parametrize(
+    "storage", STORAGES, ids=lambda storage: "-".join(storage.values())
+)
+each_device = pytest.mark.parametrize("device", DEVICES)
+
+
+@each_device
 def test_empty_lists_do_nothing(device):
     inputs = adamw_inputs([], device)
     adamw_ema_(inputs)
     assert inputs.step.item() == 4
-    ops.ema_update_([], [], scalar(0.5, device=device))
+    ema_update_([], [], scalar(0.5, device=device))
+
+
+@each_device
+def test_a_step_over_empty_tensors_counts(device):
+    inputs = adamw_inputs([(0,), (3, 0)], device)
+    adamw_ema_(inputs)
+    assert inputs.step.item() == 5
+
+
+LISTS = ["params", "grads", "exp_avgs", "exp_avg_sqs", "teachers"]
+LISTS += ["param_remainders", "teacher_remainders", "param_copies", "teacher_copies"]
 
 
 def in_pieces(inputs, length):
-    """Views of the same memory, at most ``length`` elements each; (pieces, their decays)."""
-    lists = (inputs.params, inputs.grads, inputs.exp_avgs, inputs.exp_avg_sqs, inputs.teachers)
-    pieces = [[part for x in xs for part in x.view(-1).split(length)] for xs in lists]
+    """The same memory as views of at most ``length`` elements, one call for every 100 of them."""
+    pieces = {
+        name: [part for x in getattr(inputs, name) for part in x.view(-1).split(length)]
+        for name in LISTS
+    }
     counts = torch.tensor([len(x.view(-1).split(length)) for x in inputs.params])
-    return pieces, inputs.weight_decay.repeat_interleave(counts.to(inputs.weight_decay.device))
+    decays = inputs.weight_decay.repeat_interleave(counts.to(inputs.weight_decay.device))
+    for i in range(0, len(decays), 100):
+        part = SimpleNamespace(**vars(inputs))
+        vars(part).update({name: tensors[i : i + 100] for name, tensors in pieces.items()})
+        part.weight_decay = decays[i : i + 100]
+        yield part
 
 
-@pytest.mark.parametrize("device", DEVICES)
-@pytest.mark.parametrize("teachers", [True, False])
-def test_bits_do_not_depend_on_chunks_and_tables(device, teachers):
-    whole, cut = (adamw_inputs(SIZES, device, teachers=teachers) for _ in range(2))
+def follow(inputs):
+    """ema_update_ towards the parameters, in the storage of ``inputs``."""
+    ema_update_(
+        inputs.teachers,
+        inputs.params[: len(inputs.teachers)],
+        inputs.momentum,
+        inputs.teacher_remainders,
+        inputs.param_remainders[: len(inputs.teachers)],
+        inputs.teacher_copies,
+    )
+
+
+@each_device
+@each_storage
+def test_bits_do_not_depend_on_chunks_and_lists(device, storage):
+    whole, cut = (adamw_inputs(SIZES, device, **storage) for _ in range(2))
     adamw_ema_(whole)
-    ops.ema_update_(whole.exp_avgs, whole.params, whole.momentum)
-    pieces, decays = in_pieces(cut, 1000)  # none fills a chunk, and
-    for i in range(0, len(decays), 100):  # no call fills a table
-        params, grads, exp_avgs, exp_avg_sqs, followers = (xs[i : i + 100] for xs in pieces)
-        cut.step.fill_(4)
-        scalars = (cut.step, cut.lr, cut.momentum, cut.grad_scale, cut.skip, decays[i : i + 100])
-        ops.adamw_ema_(params, grads, exp_avgs, exp_avg_sqs, followers, *scalars, BETA1, BETA2, EPS)
-        ops.ema_update_(exp_avgs, params, cut.momentum)
+    follow(whole)
+    for part in in_pieces(cut, 1000):  # none fills a chunk
+        part.step.fill_(4)
+        adamw_ema_(part)
+        follow(part)
     assert_same_bytes(state(cut), state(whole))
 
 
-@pytest.mark.parametrize("device", DEVICES)
+@each_device
+@each_storage
+@pytest.mark.parametrize("grads", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("unaligned", [False, True])
+def test_bits_do_not_depend_on_the_storage(device, storage, grads, unaligned):
+    sizes = [(5,), (3, 0), (1500,)]
+    stored = adamw_inputs(sizes, device, grads=grads, unaligned=unaligned, **storage)
+    plain = adamw_inputs(sizes, device)
+    plain.grads = [x.float() for x in stored.grads]
+    for inputs in (plain, stored):
+        for _ in range(50):
+            adamw_ema_(inputs)
+            follow(inputs)
+    for name in ("param", "teacher"):
+        copies, of = getattr(stored, f"{name}_copies"), getattr(stored, f"{name}s")
+        assert_same_bytes(copies, [x.bfloat16() for x in of[: len(copies)]])
+    if not stored.teachers:
+        plain.teachers = []
+    assert_same_bytes(masters(stored), masters(plain))
+
+
+def test_tiny_weights_keep_their_bits_in_split_storage():
+    """Denormals, infinities and both zeros, and the ties where halves carry into each other."""
+    bits = torch.tensor([0, 1, 0x7FFF, 0x8000, 0x8001, 0x7FFFFF, 0x7F7FFFFF, 0x7F800000])
+    bits = torch.cat([bits, bits - 2**31, 0x3F808000 + torch.arange(-2, 3)]).to(torch.int32)
+    plain, stored = (adamw_inputs([bits.shape]) for _ in range(2))
+    for inputs in (plain, stored):
+        inputs.params = [bits.view(torch.float32).clone()]
+        inputs.teachers = [-inputs.params[0]]
+        inputs.grads = [torch.full(bits.shape, 2.0**-140)]
+        for tensors in (inputs.exp_avgs, inputs.exp_avg_sqs):
+            tensors[0].zero_()
+        inputs.lr.fill_(2.0**-130)
+    for name in ("param", "teacher"):
+        high, remainder = split(getattr(stored, f"{name}s")[0])
+        vars(stored).update({f"{name}s": [high], f"{name}_remainders": [remainder]})
+    assert_same_bytes(masters(stored), masters(plain))
+    for _ in range(3):
+        for inputs in (plain, stored):
+            adamw_ema_(inputs)
+        # Infinity - infinity makes NaN, and of NaN split storage keeps one kind.
+        finite = [torch.where(x.isnan(), torch.nan, x) for x in masters(plain)]
+        assert_same_bytes([torch.where(x.isnan(), torch.nan, x) for x in masters(stored)], finite)
+
+
+@each_device
+def test_nan_shows_in_the_half_the_network_computes_with(device):
+    """The NaN of GPUs, all ones, would round to -0."""
+    inputs = adamw_inputs([(40,)], device, params="split", teachers="split")
+    inputs.grads[0].view(torch.int32).fill_(0x7FFFFFFF)
+    adamw_ema_(inputs)
+    assert inputs.params[0].isnan().all()
+    assert inputs.teachers[0].isnan().all()
+
+
+@each_device
+@each_storage
+def test_skip_leaves_every_byte(device, storage):
+    inputs = adamw_inputs(SIZES[:8], device, skip=True, **storage)
+    for grad in inputs.grads:
+        grad.fill_(float("nan"))
+    before = state(inputs)
+    adamw_ema_(inputs)
+    ema_update_(
+        inputs.exp_avgs,
+        inputs.exp_avg_sqs,
+        inputs.momentum,
+        teacher_copies=inputs.teacher_copies,
+        skip=inputs.skip,
+    )
+    assert_same_bytes(state(inputs), before)
+
+
+@each_device
+@pytest.mark.parametrize("storage", ["plain", "split"])
+def test_ten_thousand_tensors_are_those_of_one(device, storage):
+    numel = 40_000
+    whole = adamw_inputs([(numel,)], device, params=storage, teachers=storage)
+    many = adamw_inputs([(numel,)], device, params=storage, teachers=storage)
+    sizes = [0, 1, 2, 3, 4, 5, 6, 7, 8, 4] * (numel // 40)  # 10 000, some of them empty
+    for name in LISTS:
+        setattr(many, name, [part for x in getattr(many, name) for part in x.split(sizes)])
+    many.weight_decay = torch.zeros(len(sizes), dtype=torch.float64, device=device)
+    for inputs in (whole, many):
+        adamw_ema_(inputs)
+        follow(inputs)
+    for a, b in zip(vars(many).values(), vars(whole).values(), strict=True):
+        if isinstance(a, list) and b:
+            assert_same_bytes([torch.cat(a)], b)
+
+
+@each_device
 def test_bits_of_the_step_do_not_depend_on_the_teachers(device):
-    alone, followed = (adamw_inputs(SIZES, device, teachers=t) for t in (False, True))
+    alone, followed = (adamw_inputs(SIZES, device, teachers=t) for t in ("none", "plain"))
     for inputs in (alone, followed):
         adamw_ema_(inputs)
         inputs.teachers = []
@@ -172,13 +373,20 @@ def outputs(**sizes):
 
 
 def run_on_threads(threads, unaligned):
+    """Everything written in every storage, with gradients of every dtype."""
     before = torch.get_num_threads()
     torch.set_num_threads(threads)
+    results = []
     try:
-        inputs = adamw_inputs([(100_003,), (17,), (2**14 + 1,)], unaligned=unaligned)
-        adamw_ema_(inputs)
-        ops.ema_update_(inputs.teachers, inputs.params, inputs.momentum)
-        return state(inputs) + outputs(**ODD) + outputs(**SMALL)
+        for grads, storage in zip(
+            [torch.float32, torch.float16, torch.bfloat16] * 3, STORAGES, strict=False
+        ):
+            sizes = [(100_003,), (17,), (2**14 + 1,)]
+            inputs = adamw_inputs(sizes, unaligned=unaligned, grads=grads, **storage)
+            adamw_ema_(inputs)
+            follow(inputs)
+            results += state(inputs)
+        return results + outputs(**ODD) + outputs(**SMALL)
     finally:
         torch.set_num_threads(before)
 
@@ -328,12 +536,13 @@ def test_wrong_arguments_are_refused_by_name(name, args, message):
 
 DIGEST = """
 import hashlib, importlib.util, sys
+import torch
 spec = importlib.util.spec_from_file_location("test_native", sys.argv[1])
 module = importlib.util.module_from_spec(spec)
 spec.loader.exec_module(module)
 digest = hashlib.sha256()
 for x in module.run_on_threads(1, unaligned=False):
-    digest.update(x.contiguous().view(-1).view(module.torch.uint8).numpy().tobytes())
+    digest.update(x.contiguous().view(-1).view(torch.uint8).numpy().tobytes())
 print(module.native.build_info()["simd_in_use"], digest.hexdigest())
 """
 
@@ -355,30 +564,85 @@ def test_bits_do_not_depend_on_the_instruction_set(tmp_path):
     assert len(set(digests.values())) == 1, digests
 
 
-@pytest.mark.skipif("cuda" not in DEVICES, reason="needs a GPU and CUDA kernels")
-def test_gpu_and_cpu_give_the_same_bits():
-    cpu, gpu = adamw_inputs(SIZES, "cpu"), adamw_inputs(SIZES, "cuda", unaligned=True)
+needs_cuda = pytest.mark.skipif("cuda" not in DEVICES, reason="needs a GPU and CUDA kernels")
+
+
+@needs_cuda
+@each_storage
+def test_gpu_and_cpu_give_the_same_bits(storage):
+    cpu, gpu = adamw_inputs(SIZES, "cpu", **storage), adamw_inputs(SIZES, "cuda", **storage)
     for skip in (False, True, False):
         for inputs in (cpu, gpu):
             inputs.skip.fill_(skip)
             adamw_ema_(inputs)
+            follow(inputs)
     assert_same_bytes(state(gpu), state(cpu))
 
 
-@pytest.mark.skipif("cuda" not in DEVICES, reason="needs a GPU and CUDA kernels")
-def test_a_cuda_graph_replays_with_new_scalars():
-    captured, eager = adamw_inputs(SIZES, "cuda"), adamw_inputs(SIZES, "cuda")
+@needs_cuda
+@each_storage
+def test_a_cuda_graph_replays_with_new_scalars(storage):
+    captured, eager = (adamw_inputs(SIZES, "cuda", **storage) for _ in range(2))
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
         adamw_ema_(captured)
+        follow(captured)
     for lr, skip in ((1e-3, False), (2e-3, True), (3e-3, False)):
         for inputs in (captured, eager):
             inputs.lr.fill_(lr)
             inputs.skip.fill_(skip)
         graph.replay()
         adamw_ema_(eager)
+        follow(eager)
     assert captured.step.item() == 6
     assert_same_bytes(state(captured), state(eager))
+
+
+@needs_cuda
+def test_more_lists_than_are_remembered_and_two_streams():
+    cases = [adamw_inputs([(7,), (20_000,)], "cuda") for _ in range(20)]
+    expected = adamw_inputs([(7,), (20_000,)], "cuda")
+    streams = [torch.cuda.Stream(), torch.cuda.Stream()]
+    torch.cuda.synchronize()
+    for stream in streams:
+        stream.wait_stream(streams[0])
+        stream.wait_stream(streams[1])
+        with torch.cuda.stream(stream):
+            for inputs in cases:
+                adamw_ema_(inputs)
+                follow(inputs)
+    torch.cuda.synchronize()
+    for _ in streams:
+        adamw_ema_(expected)
+        follow(expected)
+    for inputs in cases:
+        assert_same_bytes(state(inputs), state(expected))
+
+
+@needs_cuda
+def test_updates_do_not_wait_for_the_gpu():
+    inputs = adamw_inputs(SIZES, "cuda")
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        for _ in range(2):  # with and without the upload of the tables
+            adamw_ema_(inputs)
+            follow(inputs)
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+
+
+@needs_cuda
+@pytest.mark.parametrize("dtype", [torch.uint8, torch.bfloat16, torch.float32, torch.complex128])
+@pytest.mark.parametrize("dim", [1, 3, 8, 768])
+def test_token_copies_are_those_of_pytorch(dtype, dim):
+    x = torch.randint(0, 99, (2, 7, dim), device="cuda").to(dtype)
+    ids = torch.stack([torch.randperm(7)[:3] for _ in range(2)]).cuda()
+    where = ids[..., None].expand(-1, -1, dim)
+    for tokens in (x, x.mT.contiguous().mT):
+        assert torch.equal(ops.gather_tokens(tokens, ids), x.gather(1, where))
+    kept = x[:, :3]
+    expected = torch.zeros_like(x).scatter(1, where, kept)
+    assert torch.equal(ops.scatter_tokens(kept, ids, 7), expected)
 
 
 @pytest.mark.parametrize("name", ["ema_update_", "adamw_ema_"])
@@ -387,6 +651,12 @@ def test_kernels_are_registered_for_the_devices_they_were_built_for(name):
     assert registered(f"fastmim_native::{name}", "CPU")
     built_with_cuda = native.build_info()["cuda"] is not None
     assert registered(f"fastmim_native::{name}", "CUDA") == built_with_cuda
+
+
+@pytest.mark.parametrize("name", ["gather_tokens", "scatter_tokens"])
+def test_token_copies_are_registered_for_cuda_if_built(name):
+    registered = torch._C._dispatch_has_kernel_for_dispatch_key(f"fastmim_native::{name}", "CUDA")
+    assert registered == (native.build_info()["cuda"] is not None)
 
 
 def replace(name, value):
@@ -407,7 +677,7 @@ def replace(name, value):
         ),
         (
             replace("params", lambda x: [x[0].double(), x[1]]),
-            r"expected params\[0\] to be Float \(float32\), got Double",
+            r"expected params\[0\] to be Float, got Double",
         ),
         (replace("exp_avg_sqs", lambda x: [x[0], x[1].bfloat16()]), r"exp_avg_sqs\[1\].*BFloat16"),
         (
@@ -417,6 +687,27 @@ def replace(name, value):
         (replace("lr", lambda x: x.float()), "expected lr to be a 0-d Double tensor, got Float"),
         (replace("step", lambda x: x[None]), r"step to be a 0-d Long tensor, got Long \(1,\)"),
         (replace("skip", lambda x: x.int()), "expected skip to be a 0-d Bool tensor, got Int"),
+        (replace("clip", lambda x: x[None]), r"clip to be a 0-d Double tensor, got Double \(1,\)"),
+        (
+            replace("grads", lambda x: [g.double() for g in x]),
+            "Float or BFloat16 or Half, got Double",
+        ),
+        (
+            replace("params", lambda x: [p.bfloat16() for p in x]),
+            r"params\[0\] to be Float, got BF",
+        ),
+        (
+            replace("param_remainders", lambda x: [torch.zeros(4, dtype=torch.int16)]),
+            r"expected params\[0\] to be BFloat16, got Float",
+        ),
+        (
+            replace("param_copies", lambda x: [torch.zeros(4)]),
+            "param_copies has 1 tensors, params has 2",
+        ),
+        (
+            replace("teacher_copies", lambda x: [torch.zeros(4), torch.zeros(3, 5)]),
+            r"expected teacher_copies\[0\] to be BFloat16, got Float",
+        ),
         (
             replace("weight_decay", lambda x: x[:1]),
             r"weight_decay to be a contiguous Double tensor of shape \(2,\).*got Double \(1,\)",
@@ -443,15 +734,20 @@ def test_adamw_ema_refuses_by_name_and_changes_nothing(change, message):
 )
 def test_ema_update_refuses_by_name(teachers, students, momentum, message):
     with pytest.raises(RuntimeError, match=message):
-        ops.ema_update_(teachers, students, momentum)
+        ema_update_(teachers, students, momentum)
 
 
-@pytest.mark.skipif("cuda" not in DEVICES, reason="needs a GPU and CUDA kernels")
+def test_copies_beside_split_storage_are_refused():
+    inputs = adamw_inputs([(4,)], params="split")
+    inputs.param_copies = [torch.zeros(4, dtype=torch.bfloat16)]
+    with pytest.raises(RuntimeError, match="param_copies and param_remainders exclude each other"):
+        adamw_ema_(inputs)
+
+
+@needs_cuda
 def test_tensors_on_two_devices_are_refused():
     with pytest.raises(RuntimeError, match=r"students\[0\] is on cpu, expected cuda:0"):
-        ops.ema_update_(
-            [torch.zeros(2, device="cuda")], [torch.zeros(2)], scalar(0.9, device="cuda")
-        )
+        ema_update_([torch.zeros(2, device="cuda")], [torch.zeros(2)], scalar(0.9, device="cuda"))
 
 
 def test_build_info_says_what_was_built():

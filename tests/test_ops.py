@@ -11,7 +11,16 @@ from torch import Tensor
 from torch.autograd.gradcheck import GradcheckError
 from torch.utils._pytree import tree_leaves, tree_map
 
-from fastmim.ops import OPS, adamw_ema_, gather_patches, patch_loss, use_backend
+from fastmim.ops import (
+    OPS,
+    adamw_ema_,
+    ema_update_,
+    gather_patches,
+    join_storage,
+    patch_loss,
+    split_storage,
+    use_backend,
+)
 from fastmim.ops._registry import Op
 from tests import accuracy
 from tests.operators import (
@@ -27,6 +36,7 @@ from tests.operators import (
     transposed,
     usable,
     variants,
+    with_masters,
 )
 
 FULL_GRADCHECK = 150  # inputs up to which every entry of the Jacobian is compared
@@ -137,7 +147,8 @@ def test_repeats_to_the_bit(op, backend, shape, device):
 
 @pytest.mark.parametrize("layout", [strided, transposed, offset, expanded])
 @pytest.mark.parametrize(
-    ("op", "backend", "shape"), [c for c in CASES if c.values[2] in ("edge", "edge_empty")]
+    ("op", "backend", "shape"),
+    [c for c in CASES if c.values[2] in ("edge", "edge_empty", "edge_split")],
 )
 def test_any_layout_gives_the_contiguous_result(op, backend, shape, layout, device):
     if layout is expanded and op.name in IN_PLACE:
@@ -186,7 +197,7 @@ def test_nothing_beside_the_tensors_is_written(op, backend, shape, device, monke
         out = op(*given)
     guarded.check()
     schema = op.overload._schema.arguments
-    changed = [a for a, s in zip(given, schema, strict=True) if s.is_write]
+    changed = [a for a, s in zip(with_masters(op, given), schema, strict=True) if s.is_write]
     for got, right in zip(tree_leaves(changed or out), run(op, backend, args), strict=True):
         accuracy.exact(got, right)
     for a, before, s in zip(given, args, schema, strict=True):
@@ -281,26 +292,157 @@ def test_sixteen_bit_state_is_refused(name, device):
 
     args = make(OPS[name], "edge", device, torch.bfloat16)
     keywords = [s.name for s in OPS[name].overload._schema.arguments]
-    lists = [a for a in args if isinstance(a, list)]
-    rest = dict(zip(keywords[len(lists) :], args[len(lists) :], strict=True))
     with pytest.raises(ValueError, match="small updates vanish in 16 bits"):
-        getattr(ops, name)(*lists, **rest)
+        getattr(ops, name)(**dict(zip(keywords, args, strict=True)))
+
+
+UPDATES = [
+    pytest.param(OPS[name], backend, shape, id=f"{name}-{backend}-{shape}")
+    for name in sorted(IN_PLACE)
+    for shape in OPS[name].shapes
+    if shape.startswith("edge")
+    for backend in OPS[name].backends
+]
+
+
+@pytest.mark.parametrize(("op", "backend", "shape"), UPDATES)
+def test_skipped_update_changes_no_byte(op, backend, shape, device):
+    arguments = op.overload._schema.arguments
+    args = list(make(op, shape, device, torch.float32))
+    names = [s.name for s in arguments]
+    args[names.index("skip")] = torch.tensor(True, device=device)
+    for tensor in args[1]:  # gradients or students
+        tensor.fill_(float("nan"))
+    usable(op, backend, tuple(args))
+    before = copy.deepcopy(args)
+    with use_backend(backend):
+        op(*args)
+    for got, kept in zip(tree_leaves(args), tree_leaves(before), strict=True):
+        if isinstance(got, Tensor):
+            accuracy.exact(got, kept)
+
+
+def update(masters: dict[str, list[Tensor]], split: bool, steps: int) -> dict[str, list[Tensor]]:
+    """Parameters and teachers after updates by the public functions, in one of the storages."""
+    generator = torch.Generator().manual_seed(1)
+    weights = {name: [x.clone() for x in tensors] for name, tensors in masters.items()}
+    remainders = {name: [] for name in masters}
+    if split:
+        for name, tensors in weights.items():
+            pairs = [split_storage(x) for x in tensors]
+            weights[name], remainders[name] = ([p[i] for p in pairs] for i in (0, 1))
+    params, teachers = weights["params"], weights["teachers"]
+    moments = [[torch.zeros(x.shape, device=x.device) for x in params] for _ in range(2)]
+    device = params[0].device
+    stored = dict(teacher_remainders=remainders["teachers"])
+    step = torch.tensor(0, device=device)
+    for _ in range(steps):
+        adamw_ema_(
+            params,
+            [torch.randn(x.shape, generator=generator).to(device) for x in params],
+            *moments,
+            teachers,
+            param_remainders=remainders["params"],
+            step=step,
+            lr=1e-3,
+            momentum=0.99,
+            grad_scale=0.5,
+            clip=0.3,
+            skip=False,
+            weight_decay=torch.full((len(params),), 0.05, dtype=torch.float64, device=device),
+            beta1=0.9,
+            beta2=0.95,
+            eps=1e-8,
+            **stored,
+        )
+        ema_update_(teachers, params, 0.9, student_remainders=remainders["params"], **stored)
+    if split:
+        for name, highs in weights.items():
+            weights[name] = [join_storage(*p) for p in zip(highs, remainders[name], strict=True)]
+    return weights
 
 
 @pytest.mark.parametrize("backend", OPS["adamw_ema_"].backends)
-def test_skipped_step_changes_no_byte(backend, device):
-    op = OPS["adamw_ema_"]
-    args = list(make(op, "edge", device, torch.float32))
-    names = [s.name for s in op.overload._schema.arguments]
-    args[names.index("skip")] = torch.tensor(True, device=device)
-    for gradient in args[names.index("grads")]:
-        gradient.fill_(float("nan"))
-    untouched = tree_leaves([args[names.index(n)] for n in names if n in _WRITTEN])
-    for got, before in zip(run(op, backend, tuple(args)), untouched, strict=True):
-        accuracy.exact(got, before)
+def test_split_storage_keeps_the_bits_of_float32(backend, device):
+    usable(OPS["adamw_ema_"], backend, make(OPS["adamw_ema_"], "edge_split", device, torch.float32))
+    masters = {
+        name: [torch.randn(n, device=device) for n in (5, 0, 1, 33, 2000)]
+        for name in ("params", "teachers")
+    }
+    with use_backend(backend):
+        plain, split = (update(masters, storage, steps=50) for storage in (False, True))
+    for got, expected in zip(tree_leaves(split), tree_leaves(plain), strict=True):
+        accuracy.exact(got.view(torch.int32), expected.view(torch.int32))
 
 
-_WRITTEN = ("params", "exp_avgs", "exp_avg_sqs", "teachers", "step")
+def test_split_storage_is_exact_for_every_kind_of_bits(device):
+    edges = torch.tensor([0, 0x7FFF, 0x8000, 0x8001, 0xFFFF, 0x7F7FFFFF, 0x7F800000, 0x7FFFFFFF])
+    bits = torch.cat([edges, edges - 2**31, torch.randint(-(2**31), 2**31, (10_000,))])
+    master = bits.to(device, torch.int32).view(torch.float32)
+    high, remainder = split_storage(master)
+    assert (high.dtype, remainder.dtype) == (torch.bfloat16, torch.int16)
+    accuracy.exact(join_storage(high, remainder).view(torch.int32), master.view(torch.int32))
+
+
+def test_split_storage_rounds_to_nearest(device):
+    master = torch.randn(10_000, device=device)  # a tie, where .bfloat16() goes to even, is rare
+    tie = master.view(torch.int32) & 0xFFFF == 0x8000
+    accuracy.exact(split_storage(master)[0][~tie], master.bfloat16()[~tie])
+
+
+@pytest.mark.parametrize("backend", OPS["adamw_ema_"].backends)
+@pytest.mark.parametrize("name", ["ema_update_", "adamw_ema_"])
+def test_copies_are_the_rounded_weights(name, backend, device):
+    op = OPS[name]
+    args = make(op, "edge_copied" if name == "adamw_ema_" else "edge_split_student", device, None)
+    usable(op, backend, args)
+    with use_backend(backend):
+        op(*args)
+    given = dict(zip([s.name for s in op.overload._schema.arguments], args, strict=True))
+    for copies in (n for n in given if n.endswith("_copies")):
+        for copied, master in zip(
+            given[copies], given[f"{copies.removesuffix('_copies')}s"], strict=True
+        ):
+            accuracy.exact(copied, master.bfloat16())
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (dict(teachers="split", teacher_remainders=[]), "small updates vanish in 16 bits"),
+        (
+            dict(param_remainders=[torch.zeros(3)]),
+            "expected bfloat16 params and int16 param_remainders, got torch.float32",
+        ),
+        (
+            dict(param_remainders=[torch.zeros(2, dtype=torch.int16)]),
+            r"expected param_remainders\[0\] like params\[0\]",
+        ),
+        (dict(param_copies=[torch.zeros(3)]), "expected bfloat16 param_copies, got torch.float32"),
+        (
+            dict(teachers="split", teacher_copies=[torch.zeros(3, dtype=torch.bfloat16)]),
+            "teacher_copies and teacher_remainders exclude each other",
+        ),
+        (dict(clip=torch.tensor(1.0)), "expected clip as a number or a scalar tensor"),
+    ],
+)
+def test_storage_that_does_not_fit_is_refused_by_name(change, message):
+    arguments = dict(
+        params=[torch.zeros(3)],
+        grads=[torch.zeros(3)],
+        exp_avgs=[torch.zeros(3)],
+        exp_avg_sqs=[torch.zeros(3)],
+        teachers=[torch.zeros(3)],
+        step=torch.tensor(0),
+        weight_decay=torch.zeros(1, dtype=torch.float64),
+    )
+    if change.get("teachers") == "split":
+        high, remainder = split_storage(arguments["teachers"][0])
+        change = {"teacher_remainders": [remainder], **change, "teachers": [high]}
+    numbers = dict(lr=0.1, momentum=0.9, grad_scale=1.0, beta1=0.9, beta2=0.95, eps=1e-8)
+    call = {**arguments, **numbers, "skip": False, **change}
+    with pytest.raises(ValueError, match=f"adamw_ema_: .*{message}"):
+        adamw_ema_(**call)
 
 
 @pytest.mark.parametrize("backend", OPS["adamw_ema_"].backends)
@@ -323,10 +465,11 @@ def test_adamw_ema_is_torch_adamw_then_ema(backend, device):
         outcome[dtype] = [*theirs, *followers]
     state = [[torch.zeros_like(p) for p in params] for _ in range(2)]
     step = torch.tensor(0, device=device)
-    scalars = [torch.tensor(v, dtype=torch.float64, device=device) for v in (1e-2, 0.9, 1.0)]
+    scalars = [torch.tensor(v, dtype=torch.float64, device=device) for v in (1e-2, 0.9, 1.0, 1.0)]
     skip = torch.tensor(False, device=device)
     decay = torch.full((len(params),), 0.05, dtype=torch.float64, device=device)
-    args = params, grads, *state, teachers, step, *scalars, skip, decay, 0.9, 0.95, 1e-8
+    scalars = [step, *scalars, skip, decay, 0.9, 0.95, 1e-8]
+    args = params, grads, *state, teachers, [], [], [], [], *scalars
     usable(op, backend, args)
     with use_backend(backend):
         for _ in range(3):

@@ -8,7 +8,7 @@ from fastmim.ops.linear import linear
 from fastmim.ops.masking import Masks, masks_from_noise, masks_from_shuffle, num_keep, sample_masks
 from fastmim.ops.mlp import bias_gelu, bias_gelu_linear
 from fastmim.ops.norm import Normalized, norm, norm_linear
-from fastmim.ops.optim import adamw_ema_, ema_update_
+from fastmim.ops.optim import adamw_ema_, ema_update_, join_storage, split_storage
 from fastmim.ops.patch_loss import PatchLoss, patch_loss
 from fastmim.ops.patches import gather_patches, patchify, unpatchify
 from fastmim.ops.restore import restore_tokens
@@ -26,6 +26,7 @@ __all__ = [
     "feature_loss",
     "gather_patches",
     "gather_tokens",
+    "join_storage",
     "linear",
     "masks_from_noise",
     "masks_from_shuffle",
@@ -37,6 +38,7 @@ __all__ = [
     "restore_tokens",
     "sample_masks",
     "scatter_tokens",
+    "split_storage",
     "unpatchify",
     "use_backend",
 ]

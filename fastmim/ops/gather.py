@@ -115,6 +115,7 @@ _gather = Op(
         "reference": reference.gather_tokens,
         "cpp": Native("gather_tokens"),
         "triton": Implementation("fastmim.kernels.gather:gather_tokens", accepts=_refuse_complex),
+        "cuda": Native("gather_tokens"),
     },
     shapes=SHAPES,
     make=lambda b, n, k, d, device, dtype: (
@@ -132,6 +133,7 @@ _scatter = Op(
         "reference": reference.scatter_tokens,
         "cpp": Native("scatter_tokens"),
         "triton": Implementation("fastmim.kernels.gather:scatter_tokens", accepts=_refuse_complex),
+        "cuda": Native("scatter_tokens"),
     },
     shapes=SHAPES,
     make=lambda b, n, k, d, device, dtype: (

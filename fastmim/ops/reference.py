@@ -322,10 +322,54 @@ def feature_loss(
     return loss, grad.to(pred.dtype)
 
 
-def ema_update_(teachers: list[Tensor], students: list[Tensor], momentum: Tensor) -> None:
-    weight = 1.0 - float(momentum)
-    for teacher, student in zip(teachers, students, strict=True):
-        teacher.lerp_(student.to(teacher.dtype), weight)
+def split_storage(master: Tensor) -> tuple[Tensor, Tensor]:
+    bits = master.view(torch.int32)  # int32 arithmetic wraps modulo 2**32
+    high = ((bits + 0x8000) >> 16).to(torch.int16)
+    remainder = ((bits << 16) >> 16).to(torch.int16)
+    return high.view(torch.bfloat16), remainder
+
+
+def join_storage(high: Tensor, remainder: Tensor) -> Tensor:
+    bits = (high.view(torch.int16).to(torch.int32) << 16) + remainder
+    return bits.view(torch.float32)
+
+
+def _masters(tensors: list[Tensor], remainders: list[Tensor]) -> list[Tensor]:
+    """The tensors themselves, or the float32 values of split storage."""
+    if not remainders:
+        return tensors
+    return [join_storage(*pair) for pair in zip(tensors, remainders, strict=True)]
+
+
+def _store(
+    masters: list[Tensor], tensors: list[Tensor], remainders: list[Tensor], copies: list[Tensor]
+) -> None:
+    """Write the masters to where they are not yet: to split storage, or to the copies."""
+    for i, master in enumerate(masters):
+        if remainders:
+            # Only a canonical NaN is sure to be NaN in its high half as well.
+            high, remainder = split_storage(master.masked_fill(master.isnan(), math.nan))
+            tensors[i].copy_(high)
+            remainders[i].copy_(remainder)
+        if copies:
+            copies[i].copy_(master)
+
+
+def ema_update_(
+    teachers: list[Tensor],
+    students: list[Tensor],
+    teacher_remainders: list[Tensor],
+    student_remainders: list[Tensor],
+    teacher_copies: list[Tensor],
+    momentum: Tensor,
+    skip: Tensor,
+) -> None:
+    if bool(skip):
+        return
+    masters = _masters(teachers, teacher_remainders)
+    for teacher, student in zip(masters, _masters(students, student_remainders), strict=True):
+        teacher.lerp_(student.to(teacher.dtype), 1.0 - float(momentum))
+    _store(masters, teachers, teacher_remainders, teacher_copies)
 
 
 def adamw_ema_(
@@ -334,10 +378,15 @@ def adamw_ema_(
     exp_avgs: list[Tensor],
     exp_avg_sqs: list[Tensor],
     teachers: list[Tensor],
+    param_remainders: list[Tensor],
+    teacher_remainders: list[Tensor],
+    param_copies: list[Tensor],
+    teacher_copies: list[Tensor],
     step: Tensor,
     lr: Tensor,
     momentum: Tensor,
     grad_scale: Tensor,
+    clip: Tensor,
     skip: Tensor,
     weight_decay: Tensor,
     beta1: float,
@@ -347,13 +396,17 @@ def adamw_ema_(
     if bool(skip) or not params:
         return
     step += 1
-    rate, factor, count = float(lr), float(grad_scale), int(step)
+    rate, factor, count = float(lr), float(grad_scale) * float(clip), int(step)
     correction1, correction2 = 1 - beta1**count, 1 - beta2**count
-    for i, (p, grad, m, v) in enumerate(zip(params, grads, exp_avgs, exp_avg_sqs, strict=True)):
+    masters = _masters(params, param_remainders)
+    followers = _masters(teachers, teacher_remainders)
+    for i, (p, grad, m, v) in enumerate(zip(masters, grads, exp_avgs, exp_avg_sqs, strict=True)):
         g = grad.to(p.dtype) * factor
         p.mul_(1 - rate * float(weight_decay[i]))
         m.lerp_(g, 1 - beta1)
         v.mul_(beta2).addcmul_(g, g, value=1 - beta2)
         p.addcdiv_(m, v.sqrt().div_(math.sqrt(correction2)).add_(eps), value=-rate / correction1)
-        if teachers:
-            teachers[i].lerp_(p.to(teachers[i].dtype), 1.0 - float(momentum))
+        if followers:
+            followers[i].lerp_(p.to(followers[i].dtype), 1.0 - float(momentum))
+    _store(masters, params, param_remainders, param_copies)
+    _store(followers, teachers, teacher_remainders, teacher_copies)

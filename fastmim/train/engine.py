@@ -168,9 +168,9 @@ class Engine:
         """AdamW on the gradients that are there, and the teacher's EMA in the same pass."""
         recipe = self.recipe
         norm = torch.nn.utils.get_total_norm(self.optimizer.grads())
-        scale = 1.0
+        clip = 1.0
         if recipe.clip_grad is not None:
-            scale = (recipe.clip_grad / (norm.double() + 1e-6)).clamp(max=1.0)
+            clip = (recipe.clip_grad / (norm.double() + 1e-6)).clamp(max=1.0)
         lr = lr_at(
             step / self.steps_per_epoch,
             lr=recipe.lr,
@@ -182,7 +182,7 @@ class Engine:
         self.optimizer.step(
             lr=lr,
             momentum=momentum if self._per_step else 1.0,
-            grad_scale=scale,
+            clip=clip,
             skip=~(torch.isfinite(sums["loss"]) & torch.isfinite(norm)),
         )
         self.optimizer.zero_grad()

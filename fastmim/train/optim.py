@@ -108,6 +108,7 @@ class AdamWEMA:
         lr: float,
         momentum: float = 1.0,
         grad_scale: float | Tensor = 1.0,
+        clip: float | Tensor = 1.0,
         skip: bool | Tensor = False,
     ) -> None:
         """Update parameters and teachers from the gradients.
@@ -115,7 +116,8 @@ class AdamWEMA:
         Args:
             lr: Learning rate.
             momentum: Of the teachers.
-            grad_scale: Factor of the gradients.
+            grad_scale: Factor of the gradients, undoing a scaling of the loss.
+            clip: Another, limiting their norm.
             skip: If true nothing changes.
         """
         adamw_ema_(
@@ -128,6 +130,7 @@ class AdamWEMA:
             lr=lr,
             momentum=momentum,
             grad_scale=grad_scale,
+            clip=clip,
             skip=skip,
             weight_decay=self._weight_decay,
             beta1=self.betas[0],
