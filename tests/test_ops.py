@@ -65,7 +65,7 @@ def test_every_operator_takes_part_in_every_check(op):
     is_gradient = forward is not op and forward is not None and forward.differentiable
     bare = op.name in IN_PLACE or not inputs(op, make(op, "edge", "cpu", torch.float32))
     assert op.differentiable or is_gradient or bare, (
-        "no gradient and no entry in DIFFERENTIABLE that says so; name a gradient <operator>_backward"
+        "no gradient, no entry in DIFFERENTIABLE that says so, and not named <operator>_backward"
     )
 
 
@@ -159,6 +159,19 @@ def test_any_layout_gives_the_contiguous_result(op, backend, shape, layout, devi
         lambda leaf: leaf.contiguous() if isinstance(leaf, Tensor) else leaf, laid_out
     )
     assert_accurate(op, run(op, backend, laid_out), contiguous, torch.float32)
+
+
+@pytest.mark.parametrize(
+    ("op", "backend", "shape"),
+    [c for c in CASES if c.values[2] == "edge" and c.values[0].name not in IN_PLACE],
+)
+def test_one_tensor_alone_may_have_gaps(op, backend, shape, device):
+    args = make(op, shape, device, torch.float32)
+    usable(op, backend, args)
+    for i, arg in enumerate(args):
+        if isinstance(arg, Tensor):
+            given = (*args[:i], strided(arg), *args[i + 1 :])
+            assert_accurate(op, run(op, backend, given), args, torch.float32)
 
 
 class Guarded:
