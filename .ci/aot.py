@@ -154,6 +154,14 @@ def widest(sass: str, instruction: str) -> int:
     )
 
 
+def worst(usages: list[Usage]) -> Usage:
+    """Of several launches of one kernel in a call."""
+    return Usage(
+        *map(max, zip(*(u[:3] for u in usages), strict=True)),
+        *map(min, zip(*(u[3:] for u in usages), strict=True)),
+    )
+
+
 def measure() -> Table:
     """Usage of every kernel at every real shape of the operators that launch it."""
     table: Table = {}
@@ -169,8 +177,11 @@ def measure() -> Table:
                 elif dtype != DTYPES[0]:
                     continue
                 for architecture in ARCHITECTURES:
+                    launches: dict[str, list[Usage]] = {}
                     for name, binary in launched(op.implementation("triton"), args, architecture):
-                        table.setdefault((name, configuration), []).append(usage(binary))
+                        launches.setdefault(name, []).append(usage(binary))
+                    for name, usages in launches.items():
+                        table.setdefault((name, configuration), []).append(worst(usages))
     return table
 
 

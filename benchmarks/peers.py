@@ -147,6 +147,7 @@ class Plain(StepProgram):
         vectors = [p for p in self._students if p.ndim <= 1]
         matrices = [p for p in self._students if p.ndim > 1]
         recipe = case.recipe
+        self._gamma = recipe.gamma
         self._optimizer = torch.optim.AdamW(
             [
                 dict(params=vectors, weight_decay=0.0),
@@ -173,7 +174,7 @@ class Plain(StepProgram):
                     consistent = self.teacher(imgs, ids_shuffle, ids_restore, self.num_keep)
         loss = _masked_mse(pred, student.target(imgs), masked)
         if consistent is not None:
-            loss = loss + self.case.recipe.gamma * _masked_mse(pred, consistent, masked)
+            loss = loss + self._gamma * _masked_mse(pred, consistent, masked)
         return loss
 
     def step(self, batch: Batch) -> None:
@@ -186,7 +187,18 @@ class Plain(StepProgram):
                 torch._foreach_lerp_(self._teachers, self._students, 1 - self.case.recipe.momentum)
 
 
-PEERS: dict[str, type[StepProgram]] = {"plain": Plain}
+class Compiled(Plain):
+    """:class:`Plain` with both networks and the loss under torch.compile, in one graph."""
+
+    def __init__(self, case: Case) -> None:
+        super().__init__(case)
+        self._compiled = torch.compile(super().loss, fullgraph=True)
+
+    def loss(self, imgs: Tensor, ids_shuffle: Tensor) -> Tensor:
+        return self._compiled(imgs, ids_shuffle)
+
+
+PEERS: dict[str, type[StepProgram]] = {"plain": Plain, "compiled": Compiled}
 
 
 def autocast(case: Case) -> contextlib.AbstractContextManager:

@@ -34,8 +34,9 @@ _COLUMNS = {
         ("shape", "shape", ""), ("method", "method", ""), ("program", "kernel_provider", ""),
         ("dtype", "dtype", ""), ("batch", "x_value", "d"), *_TIMES,
         ("img/s", "images_per_second", ".2f"), ("vs plain", "vs_peer", ".2f"),
-        ("vs fp32", "vs_fp32", ".2f"), ("saved MB/img", "saved_mb_per_image", ".2f"),
-        ("peak GiB", "peak_memory_gib", ".2f"), *_CHECKS,
+        ("vs compiled", "vs_compiled", ".2f"), ("vs fp32", "vs_fp32", ".2f"),
+        ("saved MB/img", "saved_mb_per_image", ".2f"), ("peak GiB", "peak_memory_gib", ".2f"),
+        *_CHECKS,
     ],
     "ops": [
         ("shape", "shape", ""), ("operator", "kernel_name", ""), ("program", "kernel_provider", ""),
@@ -205,6 +206,7 @@ def _rows(options: argparse.Namespace, device: torch.device) -> Iterator[dict]:
                 methods=options.method,
                 dtypes=options.dtype,
                 images=options.images,
+                compiled=options.compile,
                 memory=not options.no_memory,
                 **common,
             )

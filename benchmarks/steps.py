@@ -65,20 +65,26 @@ def run(
     dtypes: list[str],
     device: torch.device,
     images: str,
+    compiled: bool,
     rounds: int,
     block_seconds: float,
     memory: bool,
     smoke: bool,
     say: Callable[[str], None],
 ) -> Iterator[dict]:
-    """A row for every shape, method, program and dtype."""
+    """A row for every shape, method, program and dtype.
+
+    Args:
+        compiled: Also the program under torch.compile, which takes half a minute to start.
+    """
+    names = [name for name in PROGRAMS if compiled or name != "compiled"]
     for shape, method in itertools.product(shapes, methods):
         model, batch = SHAPES[shape]
         batch = _SMOKE_BATCH if smoke else batch
         case = Case(model, batch, method, "fp64", device.type, images)
         variants = {
             (name, dtype): dataclasses.replace(case, dtype=dtype)
-            for name, dtype in itertools.product(PROGRAMS, dtypes)
+            for name, dtype in itertools.product(names, dtypes)
         }
         say(f"step {shape} {method}: memory")
         footprints = {
@@ -116,6 +122,7 @@ def run(
                 **measured,
                 images_per_second=batch / measured["y_value_50"] * 1e3,
                 vs_peer=speedup(timing, timings["plain", dtype]),
+                vs_compiled=speedup(timing, timings["compiled", dtype]) if compiled else None,
                 vs_fp32=speedup(timing, timings[name, "fp32"]) if "fp32" in dtypes else None,
                 saved_bytes_per_image=footprints[name, dtype].get("saved_bytes_per_image"),
                 peak_memory_gib=footprints[name, dtype].get("peak_memory_gib"),

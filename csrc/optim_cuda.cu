@@ -150,7 +150,8 @@ __global__ void __launch_bounds__(THREADS)
                const bool* skip) {
   if (*skip) return;
   const float weight = static_cast<float>(1.0 - *momentum);
-  for (int64_t k = blockIdx.x; k < table.num_chunks; k += gridDim.x) {
+  for (int64_t k = static_cast<int64_t>(blockIdx.x); k < table.num_chunks;
+       k += static_cast<int64_t>(gridDim.x)) {
     const ChunkOf chunk = table.chunks[k];
     const EmaEntry& all = table.entries[chunk.tensor];
     const int64_t offset = chunk.index * CHUNK;
@@ -169,7 +170,7 @@ __global__ void __launch_bounds__(THREADS)
 __device__ int64_t advance(int64_t* step, unsigned* arrived) {
   const int64_t now = *static_cast<volatile int64_t*>(step) + 1;
   __threadfence();
-  if (atomicAdd(arrived, 1u) == gridDim.x - 1) {
+  if (atomicAdd(arrived, 1u) + 1 == static_cast<int64_t>(gridDim.x)) {
     __threadfence();
     *step = now;
     *arrived = 0;
@@ -222,7 +223,8 @@ __global__ void __launch_bounds__(THREADS, 2)  // left to itself, ptxas spills o
                            inputs.beta2, inputs.eps, advance(inputs.step, table.arrived));
   __syncthreads();
   const AdamWScalars c = shared;
-  for (int64_t k = blockIdx.x; k < table.num_chunks; k += gridDim.x) {
+  for (int64_t k = static_cast<int64_t>(blockIdx.x); k < table.num_chunks;
+       k += static_cast<int64_t>(gridDim.x)) {
     const ChunkOf chunk = table.chunks[k];
     const AdamWEntry& all = table.entries[chunk.tensor];
     const int64_t offset = chunk.index * CHUNK;

@@ -76,10 +76,11 @@ std::vector<float> sum_over_rows(int64_t rows, int64_t count, int64_t cost, cons
     for (int64_t r = begin; r < end; ++r)
       f(r * size, std::min(rows, (r + 1) * size), partial.data() + r * stride);
   });
-  for (int64_t r = 1; r < ranges; ++r)
+  std::vector<double> totals(static_cast<size_t>(count));
+  for (int64_t r = 0; r < ranges; ++r)
     for (int64_t i = 0; i < count; ++i)
-      partial[static_cast<size_t>(i)] += partial[static_cast<size_t>(r * stride + i)];
-  return partial;
+      totals[static_cast<size_t>(i)] += partial[static_cast<size_t>(r * stride + i)];
+  return {totals.begin(), totals.end()};
 }
 
 // A (width) tensor like `like` from floats.

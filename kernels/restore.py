@@ -14,12 +14,12 @@ import triton.language as tl
 from torch import Tensor
 
 from ._tiles import columns
+from .reduce import sum_partials
 
 # Unfused is what the reference does; there is no product to fuse.
 OPTIONS = {"enable_fp_fusion": False, "num_warps": 4}
 MAX_PROGRAMS = 512  # a few for each of the 100 to 150 processors of a large GPU
 ROWS = 8  # of a tile: each takes twice the registers of a copy, for what is added to it
-PARTIAL_ROWS = 64  # partial sums that the second launch holds at a time
 
 
 @triton.jit
@@ -94,24 +94,6 @@ def _restore_tokens_bwd_kernel(
     tl.store(partial_ptr + program * D + d, tl.sum(total, axis=0), mask=d < D)
 
 
-@triton.jit
-def _sum_partials_kernel(
-    partial_ptr,  # (programs, D)
-    out_ptr,  # (D,)
-    programs,
-    D: tl.constexpr,
-    ROWS: tl.constexpr,
-    COLUMNS: tl.constexpr,
-):
-    d = tl.program_id(0).to(tl.int64) * COLUMNS + tl.arange(0, COLUMNS)
-    total = tl.zeros((ROWS, COLUMNS), partial_ptr.dtype.element_ty)
-    for start in range(0, programs, ROWS):
-        row = start + tl.arange(0, ROWS)
-        mask = (row < programs)[:, None] & (d < D)[None, :]
-        total += tl.load(partial_ptr + row[:, None] * D + d[None, :], mask=mask, other=0)
-    tl.store(out_ptr + d, tl.sum(total, axis=0).to(out_ptr.dtype.element_ty), mask=d < D)
-
-
 def restore_tokens(
     x: Tensor, mask_token: Tensor, ids_shuffle: Tensor, ids_restore: Tensor, pos_embed: Tensor
 ) -> Tensor:
@@ -144,9 +126,8 @@ def restore_tokens_backward(
 ) -> tuple[Tensor, Tensor]:
     b, length, d = grad.shape
     grad_x = torch.empty(b, num_visible + 1, d, device=grad.device, dtype=grad.dtype)
-    grad_mask = torch.empty(1, 1, d, device=grad.device, dtype=grad.dtype)
     if not grad.numel():
-        return grad_x, grad_mask.zero_()
+        return grad_x, torch.zeros(1, 1, d, device=grad.device, dtype=grad.dtype)
     programs = min(triton.cdiv(b * length, ROWS), MAX_PROGRAMS)
     wide = torch.float64 if grad.dtype == torch.float64 else torch.float32
     partial = torch.empty(programs, d, device=grad.device, dtype=wide)
@@ -166,14 +147,4 @@ def restore_tokens_backward(
             COLUMNS=block,
             **OPTIONS,
         )
-        narrow = min(block, 32)
-        _sum_partials_kernel[(triton.cdiv(d, narrow),)](
-            partial,
-            grad_mask,
-            programs,
-            D=d,
-            ROWS=PARTIAL_ROWS,
-            COLUMNS=narrow,
-            **OPTIONS,
-        )
-    return grad_x, grad_mask
+    return grad_x, sum_partials(partial, grad.dtype).view(1, 1, d)

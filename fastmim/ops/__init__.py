@@ -2,6 +2,7 @@
 
 from fastmim.ops._registry import OPS, use_backend
 from fastmim.ops.attention import attention
+from fastmim.ops.augment import augment
 from fastmim.ops.feature_loss import feature_loss
 from fastmim.ops.gather import gather_tokens, scatter_tokens
 from fastmim.ops.linear import linear
@@ -20,6 +21,7 @@ __all__ = [
     "PatchLoss",
     "adamw_ema_",
     "attention",
+    "augment",
     "bias_gelu",
     "bias_gelu_linear",
     "ema_update_",

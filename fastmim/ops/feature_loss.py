@@ -4,7 +4,8 @@ import torch
 from torch import Tensor
 
 from fastmim.ops import reference
-from fastmim.ops._registry import Op
+from fastmim.ops._limits import refuse_rows
+from fastmim.ops._registry import Implementation, Op
 from fastmim.ops.gather import random_ids
 
 KINDS = ("smooth_l1", "cosine", "cosine_token")
@@ -95,6 +96,10 @@ def _feature_loss_backward(ctx, grad, _):
     return (grad_pred * grad.to(grad_pred.dtype), *(None,) * 7)
 
 
+def _refuse(pred, target, ids, normalize, weight, bias, kind, beta):
+    return refuse_rows(pred, target, weight, bias)
+
+
 def _make(b, m, n, d, kind, normalize, device, dtype):
     pred, target = (torch.randn(b, k, d, device=device, dtype=dtype) for k in (m, n))
     ids = random_ids(b, n, m, device)
@@ -110,15 +115,22 @@ _feature_loss = Op(
     "feature_loss(Tensor pred, Tensor target, Tensor? ids, bool normalize, Tensor? weight, "
     "Tensor? bias, str kind, float beta) -> (Tensor, Tensor)",
     fake=_fake_feature_loss,
-    implementations={"reference": reference.feature_loss},
+    implementations={
+        "reference": reference.feature_loss,
+        "triton": Implementation("fastmim.kernels.feature_loss:feature_loss", accepts=_refuse),
+    },
     shapes={
         "edge": _shape(2, 5, 5, 7, "smooth_l1"),
-        "edge_cosine": _shape(2, 5, 5, 7, "cosine"),
-        "edge_cosine_token": _shape(2, 5, 5, 7, "cosine_token"),
+        "edge_cosine": _shape(2, 3, 3, 5, "cosine"),
+        "edge_cosine_token": _shape(2, 3, 3, 4, "cosine_token"),
         "edge_as_given": _shape(1, 3, 3, 1, "smooth_l1", normalize=False),
         "edge_cosine_as_given": _shape(1, 1, 1, 5, "cosine", normalize=False),
         "edge_empty": _shape(0, 3, 3, 8, "smooth_l1"),
         "edge_encoder": _shape(1, 50, 50, 64, "cosine_token"),
+        "edge_h14": _shape(2, 65, 65, 3, "cosine_token"),
+        "edge_decoder": _shape(1, 197, 197, 16, "smooth_l1"),
+        "edge_decoder_h14": _shape(1, 257, 257, 2, "cosine"),
+        "edge_wide": _shape(1, 2, 2, 1280, "smooth_l1"),
         "dbot_b": _shape(256, 148, 197, 768, "smooth_l1"),
         "sdae_b": _shape(768, 49, 49, 768, "cosine"),
         "sdae_b_token": _shape(768, 49, 49, 768, "cosine_token"),

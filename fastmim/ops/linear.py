@@ -7,7 +7,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from fastmim.ops import reference
-from fastmim.ops._registry import Implementation, Op, autocast_dtype, on_cpu
+from fastmim.ops._registry import Op, autocast_dtype, on_cpu
 
 
 def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
@@ -31,6 +31,13 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     return _linear(x, weight, bias)
 
 
+def weight_grad(grad: Tensor, x: Tensor) -> Tensor:
+    """Gradient of a linear layer's weight: (E, D) from ``grad`` (..., E) and ``x`` (..., D)."""
+    if not on_cpu(x):
+        return reference.linear_weight_grad(grad, x)
+    return _weight_grad(grad, x)
+
+
 @functools.cache
 def _onednn():
     """oneDNN's product on plain tensors; None if this torch has none."""
@@ -43,27 +50,28 @@ def _product(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     return _onednn()(x, weight, bias, "none", [], "")
 
 
-def _onednn_linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+def _serves(*tensors: Tensor | None) -> bool:
+    """Whether oneDNN is to make the product; PyTorch asks it by itself in 16 bits."""
+    return _onednn() is not None and all(
+        t is None or (t.dtype == torch.float32 and t.numel()) for t in tensors
+    )
+
+
+def _linear_cpu(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    if not _serves(x, weight, bias):
+        return F.linear(x, weight, bias)
     out = _product(x.flatten(0, -2), weight, bias)
     return out.view(*x.shape[:-1], weight.shape[0])
 
 
-def _onednn_weight_grad(grad: Tensor, x: Tensor) -> Tensor:
+def _weight_grad_cpu(grad: Tensor, x: Tensor) -> Tensor:
+    if not _serves(grad, x):
+        return reference.linear_weight_grad(grad, x)
     grad, x = grad.flatten(0, -2), x.flatten(0, -2)
     # The right operand is reordered for the product; the wider one gains most by it (measured).
     if grad.shape[1] > x.shape[1]:
         return _product(x.t(), grad.t(), None).t().contiguous()
     return _product(grad.t(), x.t(), None)
-
-
-def _onednn_accepts(first: Tensor, second: Tensor, bias: Tensor | None = None) -> str | None:
-    for tensor in (first, second, bias):
-        if tensor is not None and (tensor.dtype != torch.float32 or not tensor.numel()):
-            return (
-                "oneDNN serves non-empty float32 tensors, "
-                f"not {tuple(tensor.shape)} of {tensor.dtype}"
-            )
-    return None if _onednn() else "this torch was built without oneDNN"
 
 
 def _fake_linear(x, weight, bias):
@@ -127,7 +135,7 @@ _linear = Op(
     implementations={
         "reference": F.linear,
         "triton": F.linear,  # no kernel of ours: PyTorch's product is cuBLAS's
-        "cpp": Implementation(_onednn_linear, accepts=_onednn_accepts),
+        "cpp": _linear_cpu,
     },
     shapes=SHAPES,
     make=_make_linear,
@@ -141,7 +149,7 @@ _weight_grad = Op(
     implementations={
         "reference": reference.linear_weight_grad,
         "triton": reference.linear_weight_grad,
-        "cpp": Implementation(_onednn_weight_grad, accepts=_onednn_accepts),
+        "cpp": _weight_grad_cpu,
     },
     shapes=SHAPES,
     make=_make_weight_grad,

@@ -1,12 +1,12 @@
 """Bias and exact GELU of a transformer's MLP, alone or followed by a linear layer."""
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from fastmim.ops import reference
+from fastmim.ops._limits import refuse_native, refuse_types
 from fastmim.ops._registry import Implementation, Native, Op
-from fastmim.ops.norm import native_rows
+from fastmim.ops.linear import linear, weight_grad
 
 
 def bias_gelu(x: Tensor, bias: Tensor) -> Tensor:
@@ -86,15 +86,7 @@ def _fake_bias_gelu_linear(x, bias, weight, out_bias):
 
 
 def _bias_gelu_then_linear(x, bias, weight, out_bias):
-    return F.linear(_bias_gelu(x, bias), weight, out_bias)
-
-
-def _native_accepts(x, *rest) -> str | None:
-    return native_rows(x)
-
-
-def _native_backward_accepts(grad, x, bias) -> str | None:
-    return native_rows(grad, x)
+    return linear(_bias_gelu(x, bias), weight, out_bias)
 
 
 def _save_for_bias_gelu_linear(ctx, inputs, output):
@@ -105,13 +97,12 @@ def _save_for_bias_gelu_linear(ctx, inputs, output):
 
 def _bias_gelu_linear_backward(ctx, grad):
     x, bias, weight = ctx.saved_tensors
-    flat = grad.flatten(0, -2)
     grad_weight = grad_out_bias = None
     if ctx.needs_input_grad[2]:
-        grad_weight = flat.t() @ _bias_gelu(x, bias).flatten(0, -2)
+        grad_weight = weight_grad(grad, _bias_gelu(x, bias))
     if ctx.has_out_bias and ctx.needs_input_grad[3]:
-        grad_out_bias = flat.sum(dim=0)
-    grad_x, grad_bias = _backward(grad @ weight, x, bias)
+        grad_out_bias = grad.flatten(0, -2).sum(dim=0)
+    grad_x, grad_bias = _backward(linear(grad, weight.t()), x, bias)
     return grad_x, grad_bias, grad_weight, grad_out_bias
 
 
@@ -136,6 +127,9 @@ SHAPES = {
     "edge_one_value": dict(b=1, n=1, d=1),
     "edge_empty": dict(b=0, n=4, d=8),
     "edge_encoder": dict(b=1, n=50, d=64),
+    "edge_h14": dict(b=1, n=65, d=3),
+    "edge_decoder": dict(b=1, n=197, d=16),
+    "edge_decoder_h14": dict(b=1, n=257, d=2),
     "edge_wide": dict(b=1, n=2, d=1280),
     "encoder_l": dict(b=256, n=50, d=4096),
     "decoder": dict(b=256, n=197, d=2048),
@@ -146,7 +140,8 @@ _bias_gelu = Op(
     fake=_fake_bias_gelu,
     implementations={
         "reference": reference.bias_gelu,
-        "cpp": Implementation(Native("bias_gelu"), accepts=_native_accepts),
+        "triton": Implementation("fastmim.kernels.mlp:bias_gelu", accepts=refuse_types),
+        "cpp": Implementation(Native("bias_gelu"), accepts=refuse_native),
     },
     shapes=SHAPES,
     make=_make_bias_gelu,
@@ -158,7 +153,8 @@ _backward = Op(
     fake=_fake_bias_gelu_backward,
     implementations={
         "reference": reference.bias_gelu_backward,
-        "cpp": Implementation(Native("bias_gelu_backward"), accepts=_native_backward_accepts),
+        "triton": Implementation("fastmim.kernels.mlp:bias_gelu_backward", accepts=refuse_types),
+        "cpp": Implementation(Native("bias_gelu_backward"), accepts=refuse_native),
     },
     shapes=SHAPES,
     make=_make_backward,
@@ -168,7 +164,8 @@ _bias_gelu_linear = Op(
     fake=_fake_bias_gelu_linear,
     implementations={
         "reference": reference.bias_gelu_linear,
-        "cpp": Implementation(_bias_gelu_then_linear, accepts=_native_accepts),
+        "triton": _bias_gelu_then_linear,
+        "cpp": Implementation(_bias_gelu_then_linear, accepts=refuse_native),
     },
     shapes=SHAPES,
     make=_make_bias_gelu_linear,

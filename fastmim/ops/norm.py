@@ -3,14 +3,12 @@
 from typing import NamedTuple
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from fastmim.ops import reference
+from fastmim.ops._limits import refuse_native, refuse_rows
 from fastmim.ops._registry import Implementation, Native, Op, autocast_dtype
-
-# What the C++ kernels compute with; float64 is left to the reference.
-NATIVE_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+from fastmim.ops.linear import linear, weight_grad
 
 
 class Normalized(NamedTuple):
@@ -127,24 +125,16 @@ def _check(function: str, x: Tensor, weight: Tensor, bias: Tensor, branch: Tenso
         )
 
 
-def native_rows(*tensors: Tensor | None) -> str | None:
-    """Why the C++ kernels over rows cannot take these tensors; None if they can."""
-    for tensor in tensors:
-        if tensor is not None and tensor.dtype not in NATIVE_DTYPES:
-            return f"it takes float32, bfloat16 and float16, not {tensor.dtype}"
-    return None
-
-
 def _native_norm_accepts(x, branch, weight, bias, eps, dtype) -> str | None:
-    return native_rows(x, branch)
+    return refuse_native(x, branch, dtype)
 
 
 def _native_norm_backward_accepts(grad, grad_total, total, *rest) -> str | None:
-    return native_rows(grad, grad_total, total)
+    return refuse_native(grad, grad_total, total)
 
 
 def _native_norm_linear_accepts(x, branch, *rest) -> str | None:
-    return native_rows(x, branch)
+    return refuse_native(x, branch)
 
 
 def _statistics(x: Tensor) -> list[Tensor]:
@@ -200,7 +190,7 @@ def _fake_norm_linear(x, branch, norm_weight, norm_bias, eps, weight, bias):
 
 def _norm_then_linear(x, branch, norm_weight, norm_bias, eps, weight, bias):
     rows, *kept = _norm(x, branch, norm_weight, norm_bias, eps, weight.dtype)
-    return F.linear(rows, weight, bias), *kept
+    return linear(rows, weight, bias), *kept
 
 
 def _save_for_norm_linear(ctx, inputs, output):
@@ -219,14 +209,13 @@ def _norm_linear_backward(ctx, grad, grad_total, *_):
     grads = dict.fromkeys(("norm_weight", "norm_bias", "weight", "bias"))
     if grad is not None:
         grad = grad.to(weight.dtype)
-        flat = grad.flatten(0, -2)
         if ctx.needs_input_grad[5]:
             rows = _norm(total, None, norm_weight, norm_bias, ctx.eps, weight.dtype)[0]
-            grads["weight"] = flat.t() @ rows.flatten(0, -2)
+            grads["weight"] = weight_grad(grad, rows)
         if ctx.bias_dtype is not None and ctx.needs_input_grad[6]:
-            grads["bias"] = flat.sum(dim=0)
+            grads["bias"] = grad.flatten(0, -2).sum(dim=0)
         grad_total, grads["norm_weight"], grad_bias = _backward(
-            grad @ weight, grad_total, total, mean, rstd, norm_weight
+            linear(grad, weight.t()), grad_total, total, mean, rstd, norm_weight
         )
         grads["norm_bias"] = grad_bias.to(norm_bias.dtype)
     return (
@@ -237,6 +226,14 @@ def _norm_linear_backward(ctx, grad, grad_total, *_):
         grads["weight"],
         grads["bias"],
     )
+
+
+def _refuse_norm(x, branch, weight, bias, eps, dtype):
+    return refuse_rows(x, branch, weight, bias, dtype)
+
+
+def _refuse_backward(grad, grad_total, total, mean, rstd, weight):
+    return refuse_rows(total, grad, grad_total, weight)
 
 
 def _rows(b, n, d, device, dtype):
@@ -267,9 +264,12 @@ def _make_norm_linear(b, n, d, device, dtype):
 
 SHAPES = {
     "edge": dict(b=2, n=5, d=7),
-    "edge_one_value": dict(b=1, n=3, d=1),
+    "edge_one_value": dict(b=1, n=1, d=1),
     "edge_empty": dict(b=0, n=4, d=8),
     "edge_encoder": dict(b=1, n=50, d=64),
+    "edge_h14": dict(b=1, n=65, d=3),
+    "edge_decoder": dict(b=1, n=197, d=16),
+    "edge_decoder_h14": dict(b=1, n=257, d=2),
     "edge_wide": dict(b=1, n=2, d=1280),
     "encoder_l": dict(b=256, n=50, d=1024),
     "decoder": dict(b=256, n=197, d=512),
@@ -281,6 +281,7 @@ _norm = Op(
     fake=_fake_norm,
     implementations={
         "reference": reference.norm,
+        "triton": Implementation("fastmim.kernels.norm:norm", accepts=_refuse_norm),
         "cpp": Implementation(Native("norm"), accepts=_native_norm_accepts),
     },
     shapes=SHAPES,
@@ -294,6 +295,7 @@ _backward = Op(
     fake=_fake_norm_backward,
     implementations={
         "reference": reference.norm_backward,
+        "triton": Implementation("fastmim.kernels.norm:norm_backward", accepts=_refuse_backward),
         "cpp": Implementation(Native("norm_backward"), accepts=_native_norm_backward_accepts),
     },
     shapes=SHAPES,
@@ -305,6 +307,7 @@ _norm_linear = Op(
     fake=_fake_norm_linear,
     implementations={
         "reference": reference.norm_linear,
+        "triton": _norm_then_linear,
         "cpp": Implementation(_norm_then_linear, accepts=_native_norm_linear_accepts),
     },
     shapes=SHAPES,

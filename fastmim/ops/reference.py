@@ -323,6 +323,128 @@ def feature_loss(
     return loss, grad.to(pred.dtype).contiguous()
 
 
+def _multiply_64(a: int, b: Tensor) -> tuple[Tensor, Tensor]:
+    """High and low half of the 128-bit product of two 64-bit words, held in int64."""
+    a_high, a_low = a >> 32, a & _WORD
+    b_high, b_low = (b >> 32) & _WORD, b & _WORD
+    cross, other = a_low * b_high, a_high * b_low
+    carry = ((b_low * a_low) >> 32) & _WORD
+    middle = carry + (cross & _WORD) + (other & _WORD)
+    high = a_high * b_high + ((cross >> 32) & _WORD) + ((other >> 32) & _WORD) + (middle >> 32)
+    return high, b * _signed(a)
+
+
+def _signed(word: int) -> int:
+    """The int64 with the bits of a word in [0, 2**64)."""
+    return (word + 2**63) % 2**64 - 2**63
+
+
+def philox_64(counter: list[Tensor], key: tuple[int, int]) -> list[Tensor]:
+    """Philox4x64-10 (Salmon et al., SC 2011), NumPy's: four 64-bit words for a counter of four.
+
+    Args:
+        counter: Four int64 tensors of one shape, the bits of words, least significant first.
+        key: Two words in [0, 2**64), least significant first.
+
+    Returns:
+        Four int64 tensors, the bits of words.
+    """
+    c0, c1, c2, c3 = counter
+    k0, k1 = key
+    for _ in range(10):
+        high0, low0 = _multiply_64(0xD2E7470EE14C6C93, c0)
+        high1, low1 = _multiply_64(0xCA5A826395121157, c2)
+        c0, c1, c2, c3 = high1 ^ c1 ^ _signed(k0), low1, high0 ^ c3 ^ _signed(k1), low0
+        k0, k1 = (k0 + 0x9E3779B97F4A7C15) % 2**64, (k1 + 0xBB67AE8584CAA73B) % 2**64
+    return [c0, c1, c2, c3]
+
+
+def sample_crops(
+    sample_ids: Tensor,
+    seed: int,
+    epoch: int,
+    height: int,
+    width: int,
+    area_low: float,
+    area_high: float,
+    ratio_low: float,
+    ratio_high: float,
+    hflip: float,
+) -> Tensor:
+    ids = sample_ids[:, None].expand(-1, 6)
+    block = torch.arange(1, 7, device=ids.device).expand_as(ids)  # NumPy counts before it draws
+    zero = torch.zeros_like(ids)
+    words = philox_64([block, zero + epoch, ids, zero], (seed % 2**64, 1))
+    u = ((torch.stack(words, dim=-1).flatten(1) >> 11) & (2**53 - 1)).double() * 2.0**-53
+    tries = u[:, 3:23]  # (area, ratio) ten times
+    area = height * width * (area_low + (area_high - area_low) * tries[:, ::2])
+    log_low, log_high = math.log(ratio_low), math.log(ratio_high)
+    aspect = (log_low + (log_high - log_low) * tries[:, 1::2]).exp()
+    w, h = (area * aspect).sqrt().round(), (area / aspect).sqrt().round()  # half to even
+    fits = (w > 0) & (w <= width) & (h > 0) & (h <= height)
+    placed = torch.stack(
+        [(u[:, 1:2] * (height - h + 1)).floor(), (u[:, 2:3] * (width - w + 1)).floor(), h, w], dim=2
+    )
+    h, w = height, width  # if none fits: the largest central box with the nearest ratio
+    if width / height < ratio_low:
+        h = min(height, max(1, round(width / ratio_low)))
+    elif width / height > ratio_high:
+        w = min(width, max(1, round(height * ratio_high)))
+    central = placed.new_tensor([(height - h) // 2, (width - w) // 2, h, w])
+    boxes = torch.cat([placed, central.expand(len(placed), 1, 4)], dim=1)
+    tenth = torch.arange(10, device=ids.device)
+    first = torch.where(fits, tenth, 10).amin(dim=1)
+    box = boxes.take_along_dim(first[:, None, None], dim=1)[:, 0]
+    return torch.cat([box, (u[:, :1] < hflip).double()], dim=1).int()
+
+
+def _resampling(start: Tensor, size: Tensor, length: int, out_size: int) -> Tensor:
+    """Weights (B, out_size, length), in units of 2**-22, that resize [start, start + size).
+
+    The cubic of Keys (1981, a = -1/2), stretched when it scales down: Pillow's and PyTorch's.
+    """
+    start, size = (t.double()[:, None, None] for t in (start, size))
+    scale = size / out_size
+    stretch = scale.clamp(min=1.0)
+    i = torch.arange(out_size, device=scale.device, dtype=torch.float64)[:, None]
+    centre = (i + 0.5) * scale
+    first = (centre - 2 * stretch + 0.5).trunc().clamp(min=0)
+    last = torch.minimum((centre + 2 * stretch + 0.5).trunc(), size)
+    j = torch.arange(length, device=scale.device, dtype=torch.float64) - start
+    x = ((j - centre + 0.5) * (1 / stretch)).abs()
+    near, far = (1.5 * x - 2.5) * x * x + 1, ((-0.5 * x + 2.5) * x - 4) * x + 2
+    weight = torch.where(x < 1, near, torch.where(x < 2, far, 0.0))
+    weight = torch.where((j >= first) & (j < last), weight, 0.0)
+    weight = weight / weight.sum(dim=-1, keepdim=True) * 2**22
+    return (weight + 0.5 * weight.sign()).trunc()  # half away from zero
+
+
+def _to_pixels(sums: Tensor) -> Tensor:
+    """Grey levels from sums of pixels with weights in units of 2**-22; exact in float64."""
+    return ((sums + 2**21) / 2**22).floor().clamp(0, 255)
+
+
+def crop_resize(
+    imgs: Tensor,
+    boxes: Tensor,
+    height: int,
+    width: int,
+    scale: Tensor | None,
+    shift: Tensor | None,
+    dtype: torch.dtype,
+) -> Tensor:
+    top, left, h, w, flip = boxes.unbind(dim=1)
+    across = _resampling(left, w, imgs.shape[3], width)
+    across = torch.where(flip[:, None, None] != 0, across.flip(1), across)
+    down = _resampling(top, h, imgs.shape[2], height)
+    # Rounded between the passes, as Pillow and PyTorch do with uint8
+    rows = _to_pixels(imgs.double() @ across.mT[:, None])
+    pixels = _to_pixels(down[:, None] @ rows).to(torch.uint8)
+    if dtype == torch.uint8:
+        return pixels
+    return _normalize_pixels(pixels, scale, shift).to(dtype)
+
+
 def split_storage(master: Tensor) -> tuple[Tensor, Tensor]:
     bits = master.view(torch.int32)  # int32 arithmetic wraps modulo 2**32
     high = ((bits + 0x8000) >> 16).to(torch.int16)
