@@ -101,6 +101,11 @@ def _lists(draw, *stored: str) -> dict:
     return dict(sizes=sizes, **{name: draw(_STORAGES) for name in stored})
 
 
+def _resized(draw) -> dict:
+    sides = {name: draw(_POSITIVE) for name in ("h", "w", "height", "width")}
+    return dict(b=draw(_SMALL), c=draw(_POSITIVE), **sides, raw=draw(_FLAG))
+
+
 # The keywords of an operator's ``make``, drawn from everything that its documentation allows.
 _SIZES: dict[str, Callable[..., dict]] = {
     "sample_masks": lambda draw: dict(b=draw(_SMALL), n=draw(st.integers(2, 70))),
@@ -121,6 +126,8 @@ _SIZES: dict[str, Callable[..., dict]] = {
     "linear_weight_grad": _linear,
     "patch_loss": _patch_loss,
     "feature_loss": _feature_loss,
+    "sample_crops": lambda draw: dict(b=draw(_SMALL), h=draw(_POSITIVE), w=draw(_POSITIVE)),
+    "crop_resize": _resized,
     "ema_update_": lambda draw: _lists(draw, "teachers", "students"),
     "adamw_ema_": lambda draw: _lists(draw, "params", "teachers"),
 }
@@ -131,7 +138,7 @@ def _takes(op: Op, sizes: dict, dtype: torch.dtype) -> bool:
         split = "split" in sizes.values()  # halves of float32
         return dtype == torch.float32 or (dtype == torch.float64 and not split)
     # Bytes become float32: a float64 result from them has errors of float32.
-    return dtype != torch.float64 or not sizes.get("uint8")
+    return dtype != torch.float64 or not (sizes.get("uint8") or op.name == "crop_resize")
 
 
 @dataclass(frozen=True)
