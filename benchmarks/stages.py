@@ -153,13 +153,12 @@ def by_report(path: Path, status: int, output: str) -> Result:
     counts = dict(passed=0, failed=0, skipped=0)
     failures = []
     for case in ElementTree.parse(path).iter("testcase"):
-        outcome = "passed"
         if case.find("failure") is not None or case.find("error") is not None:
-            outcome = "failed"
+            counts["failed"] += 1
             failures.append(f"{case.get('classname')}::{case.get('name')}")
-        elif case.find("skipped") is not None:
-            outcome = "skipped"
-        counts[outcome] += 1
+        elif case.get("name") is not None:  # without a name: it was interrupted
+            counts["passed" if case.find("skipped") is None else "skipped"] += 1
+    failures += [line for line in output.splitlines() if line.endswith(": KeyboardInterrupt")]
     good = status == 0 and counts["passed"] > 0 and not failures
     reason = None if good else f"pytest's exit status is {status}"
     return Result("passed" if good else "failed", reason, counts, failures[:SHOWN])
