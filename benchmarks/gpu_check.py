@@ -86,7 +86,7 @@ def plan(folder: Path, rows: Path, device: torch.device) -> list[Stage]:
     )
     stages = [_build(folder, library, device)] if missing else []
     stages += [
-        tests("test_ops", [ROOT / "tests/test_ops.py"], budget=150, least=60, **common),
+        tests("test_ops", [ROOT / "tests/test_ops.py"], budget=200, least=60, **common),
         tests("test_gpu", [ROOT / "tests/test_gpu.py"], budget=110, least=40, **common),
         tests(
             "test_nn and test_golden",
