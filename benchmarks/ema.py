@@ -16,7 +16,9 @@ SHAPES = {
     "rc_small": "rc_vit_small_patch16",
     "small224": "mae_vit_small_patch16_dec512d8b",
     "base": "mae_vit_base_patch16",
+    "large": "mae_vit_large_patch16",
 }
+DEFAULT = {"cpu": ["tiny32", "rc_small", "small224", "base"], "cuda": ["base", "large"]}
 _CONSTANTS = dict(lr=1e-3, betas=(0.9, 0.95), eps=1e-8, weight_decay=0.05)
 _MOMENTUM = 0.996
 _COPIED = 2**26  # float32 values of the copy that shows the bandwidth: 256 MiB, beyond any cache
@@ -122,7 +124,13 @@ def run(
         target = torch.zeros_like(source)
         programs["copy", "torch"] = lambda s=source, t=target: t.copy_(s)
         say(f"ema {shape}: timing, {rounds} rounds of {len(programs)} programs")
-        timings = interleave(programs, rounds=rounds, block_seconds=block_seconds, device=device)
+        timings = interleave(
+            programs,
+            rounds=rounds,
+            block_seconds=block_seconds,
+            device=device,
+            kernels=True,
+        )
         bandwidth = 2 * source.nbytes / timings["copy", "torch"].row()["y_value_50"]
         for (name, provider), timing in timings.items():
             measured = timing.row()

@@ -1,6 +1,7 @@
 """Interleaved timing with the quiet rule, saved-for-backward bytes, and peak memory."""
 
 import gc
+import math
 import multiprocessing
 import statistics
 import time
@@ -11,6 +12,8 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+_FLUSHED = 2**28  # bytes cleared before a call on a GPU: beyond any second-level cache
+_MAX_LEAD = 64  # clears before a call
 # Cores that other processes may take during a block that counts. The rule looks at load, never at
 # the result.
 QUIET_CORES = 0.1
@@ -79,6 +82,7 @@ def interleave(
     block_seconds: float,
     device: torch.device,
     warm_up: int = 2,
+    kernels: bool = False,
 ) -> dict[str, Timing]:
     """Time programs in turns, A B C, B C A, ...: all of them meet the same noise.
 
@@ -88,10 +92,15 @@ def interleave(
         block_seconds: Least length of a block; it holds at least one call.
         device: Synchronised after every call.
         warm_up: Calls of each program that are not timed.
+        kernels: On a GPU, time what it does and not the wait for the host: between two events on
+            the stream, from a cold cache. Otherwise the whole call is timed by the host's clock.
     """
     for program in programs.values():
         for _ in range(warm_up):
             program()
+    on_gpu = kernels and device.type == "cuda"
+    stopwatch = _Events if on_gpu else _Clock
+    timed = {name: stopwatch(program, device) for name, program in programs.items()}
     timings = {name: Timing() for name in programs}
     order = list(programs)
     gc.collect()
@@ -99,7 +108,7 @@ def interleave(
     try:
         for _ in range(rounds):
             for name in order:
-                timings[name].blocks.append(_block(programs[name], block_seconds, device))
+                timings[name].blocks.append(_block(timed[name], block_seconds, device))
             order.append(order.pop(0))
             gc.collect()
     finally:
@@ -107,19 +116,61 @@ def interleave(
     return timings
 
 
-def _block(program: Callable[[], object], block_seconds: float, device: torch.device) -> Block:
+class _Clock:
+    """Seconds of one call by the host's clock, up to the end of what it started."""
+
+    def __init__(self, program: Callable[[], object], device: torch.device) -> None:
+        self._program, self._device = program, device
+
+    def __call__(self) -> float:
+        start = time.perf_counter()
+        self._program()
+        synchronize(self._device)
+        return time.perf_counter() - start
+
+
+class _Events:
+    """Seconds that a GPU needs for one call whose inputs are not in its cache.
+
+    Clearing a buffer empties the cache and keeps the GPU busy meanwhile: as often as it takes for
+    the host to have submitted the whole call before the first event is reached.
+    """
+
+    def __init__(self, program: Callable[[], object], device: torch.device) -> None:
+        self._program, self._device = program, device
+        self._buffer = torch.empty(_FLUSHED, dtype=torch.uint8, device=device)
+        self._start, self._end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+        synchronize(device)
+        begin = time.perf_counter()
+        program()
+        submitted = time.perf_counter() - begin
+        synchronize(device)
+        self._clears = 1
+        clear = min(self._between(self._buffer.zero_) for _ in range(3))
+        self._clears = min(1 + math.ceil(2 * submitted / clear), _MAX_LEAD)
+
+    def __call__(self) -> float:
+        return self._between(self._program)
+
+    def _between(self, program: Callable[[], object]) -> float:
+        for _ in range(self._clears):
+            self._buffer.zero_()
+        self._start.record()
+        program()
+        self._end.record()
+        synchronize(self._device)
+        return self._start.elapsed_time(self._end) / 1e3
+
+
+def _block(timed: Callable[[], float], block_seconds: float, device: torch.device) -> Block:
     synchronize(device)
     seconds = []
     busy, own, start = _busy_seconds(), time.process_time(), time.perf_counter()
-    before = start
-    while not seconds or before - start < block_seconds:
-        program()
-        synchronize(device)
-        now = time.perf_counter()
-        seconds.append(now - before)
-        before = now
+    while not seconds or time.perf_counter() - start < block_seconds:
+        seconds.append(timed())
+    length = time.perf_counter() - start
     others = _busy_seconds() - busy - (time.process_time() - own)
-    return Block(seconds, others / (before - start))
+    return Block(seconds, others / length)
 
 
 def _busy_seconds() -> float:

@@ -48,6 +48,7 @@ SHAPES = {
     "small224": Sizes(8, 224, 16, 384, 6, 512, 16, torch.float32),
     "large224": Sizes(256, 224, 16, 1024, 16, 512, 16, torch.bfloat16),
 }
+DEFAULT = {"cpu": ["tiny32", "small224"], "cuda": ["large224"]}
 
 
 @dataclass(frozen=True)
@@ -345,7 +346,11 @@ def run(
             errors = _errors(problem, programs, sizes.dtype)
             programs["copy"] = lambda: destination.copy_(source)
             timings = interleave(
-                programs, rounds=rounds, block_seconds=block_seconds, device=device
+                programs,
+                rounds=rounds,
+                block_seconds=block_seconds,
+                device=device,
+                kernels=True,
             )
             copied = timings.pop("copy").row()["y_value_50"]
             bandwidth = 2 * source.nbytes / copied

@@ -4,15 +4,21 @@ import argparse
 import datetime
 import json
 import os
+import shutil
 import subprocess
 import sys
+import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 
+sys.path.append(str(Path(__file__).parents[1]))  # last: an installed fastmim comes first
+
 import ema
+import gpu_check
 import ops
 import steps
 import torch
+from stages import run_stages
 
 from fastmim.info import report
 from fastmim.methods import METHODS
@@ -43,9 +49,16 @@ _COLUMNS = {
         ("values", "x_value", ",d"), *_TIMES, ("GB/s", "gb_per_second", ".1f"),
         ("% of copy", "percent_of_copy", ".0f"), ("vs torch", "vs_peer", ".2f"), *_CHECKS,
     ],
+    gpu_check.NAME: [
+        ("stage", "stage", ""), ("status", "status", ""), ("passed", "passed", "d"),
+        ("failed", "failed", "d"), ("skipped", "skipped", "d"), ("seconds", "seconds", ".0f"),
+        ("reason", "reason", ""),
+    ],
 }
 # fmt: on
 _SUITES = {"step": steps, "ops": ops, "ema": ema}
+# On a GPU nobody else takes part of a block, and a call is short.
+_BLOCK_SECONDS = {"cpu": 0.6, "cuda": 0.1}
 _NOTES = (
     "vs: times as fast, median over rounds. kept: calls in blocks in which other processes took "
     "at most 0.1 core,\nof all; with 'all', none was quiet and every call counts."
@@ -58,6 +71,8 @@ def main() -> int:
     if options.list:
         _print_list()
         return 0
+    if options.suite == [gpu_check.NAME]:
+        return _check_gpu(options)
     if options.smoke:  # on a busy machine, threads waiting for each other cost 50 times the work
         torch.set_num_threads(1)
         os.environ["OMP_NUM_THREADS"] = "1"  # of the processes that measure memory
@@ -73,17 +88,51 @@ def main() -> int:
     finally:
         if out is not None:
             out.close()
-    machine = environment["gpu_name"] or environment["cpu_name"]
-    print(f"\n{machine}, {environment['threads']} threads, torch {environment['torch']}, ", end="")
-    print(f"commit {environment['commit']}, {environment['timestamp']}")
-    for suite in options.suite:
-        print(f"\nsuite {suite}")
-        _print_table([row for row in rows if row["suite"] == suite], _COLUMNS[suite])
-    print(f"\n{_NOTES}")
+    _print_rows(rows, environment)
     wrong = [row for row in rows if not row["match"]]
     if wrong:
         print(f"\n{len(wrong)} rows do not match their peer: their times mean nothing")
     return 1 if wrong else 0
+
+
+def _check_gpu(options: argparse.Namespace) -> int:
+    """Run every stage of gpu-check, print what came of it; 1 if any of it is not good."""
+    device = resolve_device(options.device)
+    environment = _environment(device, smoke=False)
+    path = options.json or Path(os.environ.get("OUT", ".")) / f"{gpu_check.NAME}.jsonl"
+    path = path.resolve()
+    before = len(path.read_text().splitlines()) if path.exists() else 0
+
+    def write(row: dict) -> None:
+        with path.open("a") as out:
+            print(json.dumps({**row, **environment}), file=out)
+
+    with tempfile.TemporaryDirectory() as folder:
+        stages = gpu_check.plan(Path(folder), path, device)
+        results = run_stages(stages, seconds=gpu_check.SECONDS, write=write, say=_say)
+    rows = [json.loads(line) for line in path.read_text().splitlines()[before:]]
+    _print_rows(rows, environment)
+    for name, result in results.items():
+        for failure in result.failures:
+            print(f"{name}: {failure}")
+    print(f"\nrows: {path}")
+    return 0 if all(result.good for result in results.values()) else 1
+
+
+def _say(text: str) -> None:
+    print(text, file=sys.stderr, flush=True)
+
+
+def _print_rows(rows: list[dict], about: dict) -> None:
+    """A table for each suite, with the machine above and the notes below."""
+    print(f"\n{about['gpu_name'] or about['cpu_name']}, {about['threads']} threads, ", end="")
+    print(f"torch {about['torch']}, commit {about['commit']}, {about['timestamp']}")
+    for suite, columns in _COLUMNS.items():
+        of_suite = [row for row in rows if row["suite"] == suite]
+        if of_suite:
+            print(f"\nsuite {suite}")
+            _print_table(of_suite, columns)
+    print(f"\n{_NOTES}")
 
 
 def _parse() -> argparse.Namespace:
@@ -102,8 +151,9 @@ def _parse() -> argparse.Namespace:
 
         parser.add_argument(name, type=parse, default=default, metavar="A,B", help=text)
 
-    several("--suite", list(_SUITES), list(_SUITES), "suites; default: all")
-    several("--shape", known_shapes, None, "shapes; default: all of each suite, see --list")
+    suites = [*_SUITES, gpu_check.NAME]
+    several("--suite", suites, list(_SUITES), f"suites; default: all but {gpu_check.NAME}")
+    several("--shape", known_shapes, None, "shapes; default: those made for the device, see --list")
     several("--op", list(OPS), None, "operators of suite ops; default: all")
     several("--method", list(METHODS), ["rc_mae", "mae"], "methods of the step")
     several("--dtype", ["fp32", "bf16"], ["fp32", "bf16"], "precisions of the step")
@@ -118,6 +168,16 @@ def _parse() -> argparse.Namespace:
     parser.add_argument("--json", type=Path, metavar="FILE", help="append the rows as JSONL")
     parser.add_argument("--list", action="store_true", help="print suites, shapes and programs")
     options = parser.parse_args()
+    if gpu_check.NAME in options.suite:
+        if len(options.suite) > 1:
+            parser.error(f"--suite: {gpu_check.NAME} times the other suites itself")
+        problem = report()["cuda"]["problem"]
+        if options.device == "cpu" or problem:
+            parser.error(
+                f"--suite {gpu_check.NAME} needs a CUDA GPU ({problem or '--device cpu'}): run it "
+                "on a machine with one and a CUDA build of torch; `pytest` makes the CPU's checks"
+            )
+        return options
     if options.rounds is not None and options.rounds < 1:
         parser.error("--rounds: expected at least 1")
     if options.smoke:
@@ -133,12 +193,13 @@ def _rows(options: argparse.Namespace, device: torch.device) -> Iterator[dict]:
     common = dict(
         device=device,
         rounds=options.rounds,
-        block_seconds=0.02 if options.smoke else 0.6,
+        block_seconds=0.02 if options.smoke else _BLOCK_SECONDS[device.type],
         smoke=options.smoke,
-        say=lambda text: print(text, file=sys.stderr, flush=True),
+        say=_say,
     )
     for suite in options.suite:
-        shapes = [s for s in _SUITES[suite].SHAPES if options.shape is None or s in options.shape]
+        chosen = options.shape or _SUITES[suite].DEFAULT[device.type]
+        shapes = [s for s in _SUITES[suite].SHAPES if s in chosen]
         if suite == "step":
             yield from steps.run(
                 shapes=shapes,
@@ -167,6 +228,7 @@ def _print_list() -> None:
     print("suite ema    operators adamw_ema_,ema_update_   programs torch and every backend")
     for name, model in ema.SHAPES.items():
         print(f"  {name:10} trained parameters of {model}")
+    print(f"suite {gpu_check.NAME}   the checkout on a GPU: build, tests, compute-sanitizer, times")
 
 
 def _environment(device: torch.device, smoke: bool) -> dict:
@@ -177,6 +239,7 @@ def _environment(device: torch.device, smoke: bool) -> dict:
         gpu_name=gpu,
         cpu_name=about["cpu"]["model"],
         threads=torch.get_num_threads(),
+        **_gpu_state(device),
         torch=torch.__version__,
         triton=about["packages"]["triton"],
         cuda=torch.version.cuda,
@@ -185,6 +248,32 @@ def _environment(device: torch.device, smoke: bool) -> dict:
         timestamp=datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
         smoke=smoke,
     )
+
+
+# field of the row, of nvidia-smi
+_GPU_STATE = {
+    "driver": "driver_version",
+    "sm_clock_mhz": "clocks.sm",
+    "sm_clock_limit_mhz": "clocks.max.sm",
+    "memory_clock_mhz": "clocks.mem",
+    "power_limit_w": "power.limit",
+    "temperature_c": "temperature.gpu",
+}
+
+
+def _gpu_state(device: torch.device) -> dict:
+    """Driver, clocks and limits at the start; None where nvidia-smi does not tell."""
+    state: dict[str, str | None] = dict.fromkeys(_GPU_STATE)
+    tool = shutil.which("nvidia-smi")
+    if device.type == "cuda" and tool is not None:
+        uuid = torch.cuda.get_device_properties(device).uuid
+        query = f"--query-gpu={','.join(_GPU_STATE.values())}"
+        words = [tool, f"--id=GPU-{uuid}", query, "--format=csv,noheader,nounits"]
+        done = subprocess.run(words, capture_output=True, text=True, check=False)
+        values = [value.strip() for value in done.stdout.split(",")]
+        if len(values) == len(state):
+            state = dict(zip(state, values, strict=True))
+    return state
 
 
 def _commit() -> str | None:
@@ -211,9 +300,10 @@ def _print_table(rows: list[dict], columns: list[tuple[str, str, str]]) -> None:
         shown = {
             **row,
             "saved_mb_per_image": None if saved is None else saved / 1e6,
-            "match": "yes" if row["match"] else "NO",
-            "kept_of": f"{row['kept']}/{row['total']}" + ("" if row["quiet"] else " all"),
         }
+        if "match" in row:
+            shown["match"] = "yes" if row["match"] else "NO"
+            shown["kept_of"] = f"{row['kept']}/{row['total']}" + ("" if row["quiet"] else " all")
         values = [(shown[key], form) for _, key, form in columns]
         cells.append(["-" if value is None else format(value, form) for value, form in values])
     widths = [max(map(len, column)) for column in zip(*cells, strict=True)]

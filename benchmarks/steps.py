@@ -14,11 +14,14 @@ from fastmim.methods import METHODS
 from fastmim.ops import masks_from_shuffle
 from fastmim.train import Engine
 
-# Shape to model and batch. tiny32 is bound by small operators, small224 by matrix products.
+# Shape to model and batch. tiny32 is bound by small operators, the others by matrix products.
 SHAPES = {
     "tiny32": ("mae_vit_micro_patch4", 64),
     "small224": ("mae_vit_small_patch16_dec512d8b", 8),
+    "base224": ("mae_vit_base_patch16", 256),
+    "large224": ("mae_vit_large_patch16", 64),
 }
+DEFAULT = {"cpu": ["tiny32", "small224"], "cuda": ["base224", "large224"]}
 _SMOKE_BATCH = 8
 _CHECKED_IMAGES = 2
 # Relative error (Euclidean norm) of the loss and of every gradient tensor against plain PyTorch in

@@ -3,7 +3,8 @@
 exact     copies, gathers, masks: equal to the bit.
 rounding  elementwise arithmetic: the float64 formula within 1 ulp of the stored dtype.
 relative  reductions and products: at most twice the error that plain PyTorch makes in the same
-          dtype, both against float64, plus 1 ulp of the largest value.
+          dtype, both against float64, plus 1 ulp of the largest value. Plain PyTorch counts as off
+          by half an ulp at least: that a few values happen to round well promises nothing.
 golden    the authors' recorded numbers: 1e-5 of the tensor's largest value in float32, 1e-9 in
           float64; trained weights likewise, but error and value as Euclidean norms, because AdamW
           divides by gradients that can be rounding noise in single entries.
@@ -36,13 +37,15 @@ def relative(got: Tensor, plain: Tensor, formula: Tensor) -> None:
     assert got.dtype == plain.dtype
     if formula.numel():
         ulp = torch.finfo(got.dtype).eps * formula.abs().max()
-        _assert_within(got, formula, 2 * (plain.double() - formula).abs().max() + ulp)
+        error = (plain.double() - formula).abs().max().clamp_min(ulp / 2)
+        _assert_within(got, formula, 2 * error + ulp)
     assert got.shape == formula.shape
 
 
 def golden(got: Tensor, recorded: Tensor) -> None:
     assert got.dtype == recorded.dtype
-    _assert_within(got, recorded.double(), _GOLDEN[got.dtype] * recorded.double().abs().max())
+    largest = recorded.double().abs().max() if recorded.numel() else 0.0
+    _assert_within(got, recorded.double(), torch.as_tensor(_GOLDEN[got.dtype] * largest))
 
 
 def golden_weights(got: Tensor, recorded: Tensor) -> None:

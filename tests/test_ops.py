@@ -23,13 +23,22 @@ from fastmim.ops import (
 )
 from fastmim.ops._registry import Op
 from tests import accuracy
+from tests.operators import (
+    IN_PLACE,
+    assert_accurate,
+    expanded,
+    in_double,
+    inputs,
+    make,
+    offset,
+    run,
+    strided,
+    transposed,
+    usable,
+    variants,
+    with_masters,
+)
 
-EXACT = {"gather_tokens", "scatter_tokens", "sample_masks"}
-ROUNDING = {"restore_tokens"}
-# Arguments that get a gradient; every floating-point tensor unless named here.
-DIFFERENTIABLE = {"gather_patches": {"imgs"}, "patch_loss": {"pred"}, "feature_loss": {"pred"}}
-# Their state is float32 or float64, see test_sixteen_bit_state_is_refused.
-IN_PLACE = {name for name, op in OPS.items() if op.overload._schema.is_mutable}
 FULL_GRADCHECK = 150  # inputs up to which every entry of the Jacobian is compared
 GUARD = 77  # a value of every dtype
 MARGIN = 4096  # elements around a guarded tensor: more than a tile
@@ -49,113 +58,15 @@ TYPED_CASES = [
 DIFFERENTIABLE_CASES = [case for case in CASES if case.values[0].differentiable]
 
 
-def usable(op: Op, backend: str, args: tuple) -> None:
-    """Skip with the reason if the backend cannot serve the call."""
-    device = next(leaf.device for leaf in tree_leaves(args) if isinstance(leaf, Tensor))
-    if op.unavailable(backend, device) is None and backend == "triton":
-        pytest.importorskip("fastmim.kernels", reason="a checkout has no fastmim.kernels; install")
-    with use_backend(backend):
-        try:
-            op.choose(device, args)
-        except RuntimeError as refused:
-            pytest.skip(str(refused))
-
-
-def run(op: Op, backend: str, args: tuple) -> list[Tensor]:
-    """Results of a call on copies of ``args``: the tensors returned, or those changed in place.
-
-    Split storage is joined: its halves alone say nothing about accuracy.
-    """
-    usable(op, backend, args)
-    args = copy.deepcopy(args)
-    with use_backend(backend):
-        out = op(*args)
-    if op.name not in IN_PLACE:
-        return tree_leaves(out)
-    changed = zip(with_masters(op, args), op.overload._schema.arguments, strict=True)
-    return tree_leaves([a for a, s in changed if s.is_write])
-
-
-def with_masters(op: Op, args: tuple) -> tuple:
-    """The arguments of an update with float32 tensors in place of split storage."""
-    names = [s.name for s in op.overload._schema.arguments]
-    lists = dict(zip(names, args, strict=True))
-    for name in names:
-        if name.endswith("_remainders") and lists[name]:
-            tensors = f"{name.removesuffix('_remainders')}s"
-            pairs = zip(lists[tensors], lists[name], strict=True)
-            lists[tensors] = [join_storage(*pair) for pair in pairs]
-            lists[name] = []
-    return tuple(lists.values())
-
-
-def make(op: Op, shape: str, device: str, dtype: torch.dtype) -> tuple:
-    return op.make(**op.shapes[shape], device=device, dtype=dtype)
-
-
-def in_double(args: tuple, dtype: torch.dtype) -> tuple:
-    """The same values in float64, and a dtype argument likewise."""
-    return tree_map(
-        lambda leaf: (
-            leaf.double()
-            if isinstance(leaf, Tensor) and leaf.is_floating_point()
-            else torch.float64
-            if leaf is dtype
-            else leaf
-        ),
-        args,
+@pytest.mark.parametrize("op", OPS.values(), ids=lambda op: op.name)
+def test_every_operator_takes_part_in_every_check(op):
+    assert "edge" in op.shapes, "the checks of this file run on the shapes named edge*"
+    forward = OPS.get(op.name.removesuffix("_backward"))
+    is_gradient = forward is not op and forward is not None and forward.differentiable
+    bare = op.name in IN_PLACE or not inputs(op, make(op, "edge", "cpu", torch.float32))
+    assert op.differentiable or is_gradient or bare, (
+        "no gradient, no entry in DIFFERENTIABLE that says so, and not named <operator>_backward"
     )
-
-
-def plain_attention(qkv: Tensor, scale: float) -> tuple[Tensor, Tensor]:
-    """What a user writes in the dtype of ``qkv``; the reference computes in float32 at least."""
-    q, k, v = qkv.permute(2, 0, 3, 1, 4)
-    scores = (q @ k.transpose(-1, -2)) * scale
-    lse = scores.to(torch.promote_types(scores.dtype, torch.float32)).logsumexp(dim=-1)
-    return (scores.softmax(dim=-1) @ v).transpose(1, 2), lse
-
-
-def plain_attention_backward(grad: Tensor, qkv: Tensor, out, lse, scale: float) -> Tensor:
-    qkv = qkv.detach().requires_grad_()
-    return torch.autograd.grad(plain_attention(qkv, scale)[0], qkv, grad)
-
-
-# Plain PyTorch in the dtype of the call, where the reference is more careful than that.
-PLAIN = {"attention": plain_attention, "attention_backward": plain_attention_backward}
-
-
-def assert_accurate(op: Op, results: list[Tensor], args: tuple, dtype: torch.dtype) -> None:
-    plain = run(op, "reference", args)
-    if op.name in PLAIN and results[0].numel():
-        plain = tree_leaves(PLAIN[op.name](*args))
-    formula = run(op, "reference", in_double(with_masters(op, args), dtype))
-    assert len(results) == len(plain)
-    for got, ordinary, right in zip(results, plain, formula, strict=True):
-        if op.name in EXACT or not got.is_floating_point():
-            accuracy.exact(got, ordinary)
-        elif op.name in ROUNDING:
-            accuracy.rounding(got, right)
-        else:
-            accuracy.relative(got, ordinary, right)
-
-
-def inputs(op: Op, args: tuple) -> list[Tensor]:
-    """The arguments that get a gradient."""
-    named = {s.name: a for s, a in zip(op.overload._schema.arguments, args, strict=True)}
-    wanted = DIFFERENTIABLE.get(op.name, named)
-    return [
-        named[name]
-        for name in wanted
-        if isinstance(named[name], Tensor) and named[name].is_floating_point()
-    ]
-
-
-def variants(op: Op, args: tuple) -> list[tuple]:
-    """The arguments as made, and with every optional tensor left out."""
-    arguments = op.overload._schema.arguments
-    optional = [str(s.type) == "Optional[Tensor]" for s in arguments]
-    bare = tuple(None if o else a for a, o in zip(args, optional, strict=True))
-    return [args, bare] if any(optional) else [args]
 
 
 @pytest.fixture
@@ -234,26 +145,6 @@ def test_repeats_to_the_bit(op, backend, shape, device):
         accuracy.exact(second, first)
 
 
-def strided(tensor: Tensor) -> Tensor:
-    """The same values with a gap after each."""
-    return torch.stack([tensor, tensor], dim=-1)[..., 0] if tensor.ndim else tensor
-
-
-def transposed(tensor: Tensor) -> Tensor:
-    """The same values with the strides of the transposed tensor."""
-    return tensor.mT.contiguous().mT if tensor.ndim > 1 else tensor
-
-
-def offset(tensor: Tensor) -> Tensor:
-    """The same values one element into a storage, so no longer aligned to 16 bytes."""
-    return torch.cat([tensor.flatten()[:1], tensor.flatten()])[-tensor.numel() :].view_as(tensor)
-
-
-def expanded(tensor: Tensor) -> Tensor:
-    """The first row for every row, without memory of its own."""
-    return tensor[:1].expand_as(tensor) if tensor.ndim and tensor.numel() else tensor
-
-
 @pytest.mark.parametrize("layout", [strided, transposed, offset, expanded])
 @pytest.mark.parametrize(
     ("op", "backend", "shape"),
@@ -268,6 +159,19 @@ def test_any_layout_gives_the_contiguous_result(op, backend, shape, layout, devi
         lambda leaf: leaf.contiguous() if isinstance(leaf, Tensor) else leaf, laid_out
     )
     assert_accurate(op, run(op, backend, laid_out), contiguous, torch.float32)
+
+
+@pytest.mark.parametrize(
+    ("op", "backend", "shape"),
+    [c for c in CASES if c.values[2] == "edge" and c.values[0].name not in IN_PLACE],
+)
+def test_one_tensor_alone_may_have_gaps(op, backend, shape, device):
+    args = make(op, shape, device, torch.float32)
+    usable(op, backend, args)
+    for i, arg in enumerate(args):
+        if isinstance(arg, Tensor):
+            given = (*args[:i], strided(arg), *args[i + 1 :])
+            assert_accurate(op, run(op, backend, given), args, torch.float32)
 
 
 class Guarded:

@@ -149,6 +149,10 @@ class Op:
                 lib=_library,
             )
         self.overload = getattr(torch.ops.fastmim, self.name).default
+        arguments = self.overload._schema.arguments
+        self.written = tuple(
+            a.name for a in arguments if a.is_write
+        )  # torch.compile reads no schema
         OPS[self.name] = self
 
     def _once(self, backward: Callable) -> Callable:

@@ -45,6 +45,8 @@ def _onednn():
 
 
 def _product(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    # It takes x and weight as they lie, and a bias as if it were contiguous.
+    bias = None if bias is None else bias.contiguous()
     return _onednn()(x, weight, bias, "none", [], "")
 
 

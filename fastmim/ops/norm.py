@@ -153,7 +153,8 @@ def _fake_norm(x, branch, weight, bias, eps, dtype):
 
 
 def _fake_norm_backward(grad, grad_total, total, mean, rstd, weight):
-    return torch.empty_like(total), torch.empty_like(weight), torch.empty_like(weight)
+    # Not empty_like, which keeps the order of the strides: the results are contiguous.
+    return total.new_empty(total.shape), *(weight.new_empty(weight.shape) for _ in range(2))
 
 
 def _save_for_norm(ctx, inputs, output):

@@ -346,9 +346,9 @@ def _increment_versions(
     op: Op, given: Mapping[str, Sequence[Tensor]], local: Mapping[str, Sequence[Tensor]]
 ) -> None:
     """Let autograd know what was changed: the tensors given, and the shards of DTensors."""
-    for argument in op.overload._schema.arguments:
-        if argument.is_write and argument.name in given:
-            pairs = zip(given[argument.name], local[argument.name], strict=True)
+    for name in op.written:
+        if name in given:
+            pairs = zip(given[name], local[name], strict=True)
             torch.autograd.graph.increment_version(
                 [t for g, shard in pairs for t in ([g] if g is shard else [g, shard])]
             )

@@ -114,7 +114,7 @@ def gather_patches(
     dtype: torch.dtype,
 ) -> Tensor:
     pixels = _normalize_pixels(_pick(imgs, ids, patch_size), scale, shift)
-    return pixels.flatten(2).to(dtype)
+    return pixels.flatten(2).to(dtype).contiguous()
 
 
 def restore_tokens(x: Tensor, mask_token: Tensor, ids_restore: Tensor, pos_embed: Tensor) -> Tensor:
@@ -197,7 +197,8 @@ def patch_loss(
         distance = pred.to(wide) - teacher_pred
         consistency = distance.square().sum() / count
         error = error + gamma * distance
-    return pixel + gamma * consistency, pixel, consistency, (error * (2 / count)).to(pred.dtype)
+    grad = (error * (2 / count)).to(pred.dtype).contiguous()
+    return pixel + gamma * consistency, pixel, consistency, grad
 
 
 def _wide(x: Tensor) -> Tensor:
@@ -315,7 +316,7 @@ def feature_loss(
         d = x - z
         loss = torch.where(d.abs() < beta, d.square() * (0.5 / beta), d.abs() - 0.5 * beta)
         grad = (d / beta).clamp(-1.0, 1.0)
-        return loss.sum() / count, (grad / count).to(pred.dtype)
+        return loss.sum() / count, (grad / count).to(pred.dtype).contiguous()
     dim = -1 if kind == "cosine" else 1
     count = max(pred.numel() // max(pred.shape[dim], 1), 1)
     # as torch's cosine_similarity: each norm at least 1e-8
@@ -326,7 +327,7 @@ def feature_loss(
     turning = torch.where(x_norm > 1e-8, similarity * inverse, 0.0) * x * inverse
     grad = (turning - z * inverse / z_norm) / count
     loss = float(pred.numel() > 0) - similarity.sum() / count
-    return loss, grad.to(pred.dtype)
+    return loss, grad.to(pred.dtype).contiguous()
 
 
 def _multiply_64(a: int, b: Tensor) -> tuple[Tensor, Tensor]:
