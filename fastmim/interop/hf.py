@@ -1,9 +1,11 @@
 """Hugging Face's names for ViT and ViTMAE: query, key and value apart, other words for the rest.
 
-The names are those of files on the hub, which transformers of any version reads and writes.
+Written are the names of the files on the hub, which every version of transformers reads. Read are
+also those that transformers 5 has in memory, and those that it saves ViTMAE's decoder under.
 """
 
 import re
+from collections.abc import Iterable
 from typing import Any
 
 import torch
@@ -32,11 +34,21 @@ _IN_LAYER = {
     "mlp.fc2": "output.dense",
 }
 _QKV = ("query", "key", "value")
+_APART = {f"attention.attention.{word}": word for word in _QKV}
+# transformers 5
+_LAYERS_5 = {"vit.layers": "blocks", "decoder.decoder_encoder.layer": "decoder_blocks"}
+_IN_LAYER_5 = {"attention.o_proj": "attn.proj", "mlp.fc1": "mlp.fc1", "mlp.fc2": "mlp.fc2"}
+_APART_5 = {f"attention.{word[0]}_proj": word for word in _QKV}
+
+_FROM_TOP = {theirs: ours for ours, theirs in _TOP.items()}
+_FROM_LAYERS = {theirs: ours for ours, theirs in _LAYERS.items()} | _LAYERS_5
+_FROM_IN_LAYER = {theirs: ours for ours, theirs in _IN_LAYER.items()} | _IN_LAYER_5
+_FROM_APART = _APART | _APART_5
 _OURS = re.compile(r"(blocks|decoder_blocks)\.(\d+)\.(.+?)\.(weight|bias)")
-_THEIRS = re.compile(r"(vit\.encoder\.layer|decoder\.decoder_layers)\.(\d+)\.(.+?)\.(weight|bias)")
+_THEIRS = re.compile(rf"({'|'.join(map(re.escape, _FROM_LAYERS))})\.(\d+)\.(.+?)\.(weight|bias)")
 
 
-def is_hf(names: object) -> bool:
+def is_hf(names: Iterable[str]) -> bool:
     """Whether state_dict keys are Hugging Face's, with or without the prefix ``vit.``."""
     return any(
         re.match(r"(vit\.)?(embeddings|encoder\.layer)\.|decoder\.decoder_", n) for n in names
@@ -51,21 +63,18 @@ def from_hf(state: dict[str, Tensor]) -> dict[str, Tensor]:
             for n, t in state.items()
         }
     renamed, apart = {}, {}
-    tops = {theirs: ours for ours, theirs in _TOP.items()}
-    layers = {theirs: ours for ours, theirs in _LAYERS.items()}
-    inside = {theirs: ours for ours, theirs in _IN_LAYER.items()}
     for name, tensor in state.items():
         stem, _, leaf = name.rpartition(".")
         match = _THEIRS.fullmatch(name)
-        if name in tops:
-            renamed[tops[name]] = tensor
-        elif stem in tops:
-            renamed[f"{tops[stem]}.{leaf}"] = tensor
-        elif match and match[3] in inside:
-            renamed[f"{layers[match[1]]}.{match[2]}.{inside[match[3]]}.{match[4]}"] = tensor
-        elif match and match[3].removeprefix("attention.attention.") in _QKV:
-            whole = f"{layers[match[1]]}.{match[2]}.attn.qkv.{match[4]}"
-            apart.setdefault(whole, {})[match[3].rpartition(".")[2]] = name
+        at = match and f"{_FROM_LAYERS[match[1]]}.{match[2]}"
+        if name in _FROM_TOP:
+            renamed[_FROM_TOP[name]] = tensor
+        elif stem in _FROM_TOP:
+            renamed[f"{_FROM_TOP[stem]}.{leaf}"] = tensor
+        elif match and match[3] in _FROM_IN_LAYER:
+            renamed[f"{at}.{_FROM_IN_LAYER[match[3]]}.{match[4]}"] = tensor
+        elif match and match[3] in _FROM_APART:
+            apart.setdefault(f"{at}.attn.qkv.{leaf}", {})[_FROM_APART[match[3]]] = name
         else:
             renamed[name] = tensor
     for whole, names in apart.items():
