@@ -119,7 +119,9 @@ def convert(
 def _all_chosen(contents: Contents, wanted: Choice, path: Path) -> tuple[Contents, Description]:
     """Every network in the form that was asked for; the description is of the student."""
     for network in sorted(contents.networks, reverse=True):
-        contents, description = chosen(contents, network, wanted, path)
+        # dBOT's teacher may have another depth than the model.
+        told = wanted if network == "student" else wanted._replace(model=None)
+        contents, description = chosen(contents, network, told, path)
     return contents, description
 
 

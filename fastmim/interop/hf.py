@@ -137,6 +137,6 @@ def hf_config(
             decoder_num_attention_heads=decoder_heads,
             decoder_intermediate_size=sizes.decoder_hidden,
             mask_ratio=0.75,
-            norm_pix_loss=bool(norm_pix),
         )
+        config |= {} if norm_pix is None else dict(norm_pix_loss=norm_pix)
     return config

@@ -239,8 +239,10 @@ def _of_fastmim(file: File) -> Contents:
     """A run of fastmim, or a folder that convert wrote."""
     state, parts = file.checkpoint.state, dict(file.checkpoint.parts)
     optimizer = parts.pop("optimizer", None)
-    if not parts.keys() <= {"student", "teacher"} or "student" not in parts:
-        raise CheckpointError(f"{file.path}: expected a student, found {', '.join(parts)}")
+    if not parts or not parts.keys() <= {"student", "teacher"}:
+        raise CheckpointError(
+            f"{file.path}: expected student and teacher, found {', '.join(parts) or 'nothing'}"
+        )
     told = state.get("converted") or {}
     identity = state.get("identity") or {}
     recipe = identity.get("recipe") or {}

@@ -30,7 +30,7 @@ def measure(state: Mapping[str, Tensor], method: str | None, path: Path) -> Size
         CheckpointError: If a tensor is missing that a ViT must have; lists the first names.
     """
     for name, ndim in {"cls_token": 3, "pos_embed": 3, "patch_embed.proj.weight": 4}.items():
-        if name not in state or state[name].ndim != ndim:
+        if name not in state or state[name].ndim != ndim or 0 in state[name].shape:
             shape = f"of shape {tuple(state[name].shape)}" if name in state else "missing"
             raise CheckpointError(
                 f"{path}: unknown layout, {name} is {shape}; its first keys are "
@@ -40,7 +40,7 @@ def measure(state: Mapping[str, Tensor], method: str | None, path: Path) -> Size
     width, channels, patch, across = state["patch_embed.proj.weight"].shape
     if patch != across:
         raise CheckpointError(f"{path}: patches of {patch} x {across}, expected square ones")
-    classes = state["head.weight"].shape[0] if "head.weight" in state else None
+    classes = _rows(state, "head.weight", None)
     sizes = dict(
         embed_dim=width,
         depth=_count(state, "blocks"),
@@ -75,12 +75,12 @@ def _kind(state: Mapping[str, Tensor], method: str | None, width: int, pixels: i
     return SDAE if features else AUTOENCODER
 
 
-def _rows(state: Mapping[str, Tensor], name: str, default: int) -> int:
+def _rows(state: Mapping[str, Tensor], name: str, default: int | None) -> int | None:
     return state[name].shape[0] if name in state and state[name].ndim else default
 
 
 def _count(state: Mapping[str, Tensor], prefix: str) -> int:
-    numbers = [re.match(rf"{prefix}\.(\d+)\.", name) for name in state]
+    numbers = [re.match(rf"{prefix}\.(\d{{1,4}})\.", name) for name in state]  # no bomb
     return 1 + max((int(match[1]) for match in numbers if match), default=-1)
 
 

@@ -143,12 +143,12 @@ def _check_sums(path: Path) -> None:
 def _reason(error: Exception) -> str:
     """One line. torch's own text advises to switch the protection off."""
     text = str(error)
+    plain = "tensors, plain values and argparse.Namespace only"
     named = re.search(r"GLOBAL ([\w.]+)", text) or re.search(r"instantiate class ([\w.]+)", text)
     if type(error).__name__ == "UnpicklingError" and named:
-        return (
-            f"refused, nothing in it was run: it holds {named[1]}; expected tensors, plain values "
-            "and argparse.Namespace only"
-        )
+        return f"refused, nothing in it was run: it holds {named[1]}; expected {plain}"
+    if "weights_only" in text:
+        return f"refused, nothing in it was run: expected a file of torch.save with {plain}"
     first = (text.strip().splitlines() or [type(error).__name__])[0]
     return f"damaged, or not written by torch.save: {first[:200]}"
 
