@@ -87,7 +87,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         return _COMMANDS[options.command](_Call(argv, parser, options[options.command]))
     except ArgumentError as error:
         command = argv[0] + " " if argv[0] in _COMMANDS else ""
-        say(f"error: {error}{_nearest_option(error)}\nsee fastmim {command}--help")
+        say(f"error: {error}{_nearest_option(error, argv[0])}\nsee fastmim {command}--help")
         return _BAD_INPUT
     except _USER_ERRORS as error:
         say(f"error: {error}")
@@ -240,9 +240,12 @@ def _convert_parser() -> ArgumentParser:
     return parser
 
 
-def _nearest_option(error: ArgumentError) -> str:
+def _nearest_option(error: ArgumentError, command: str) -> str:
     """Hint for an option that is not there, or nothing."""
-    known = [f"--{key}" for key, _ in _pretrain_parser(Pretrain.preset).get_defaults().items()]
+    convert = command == "convert"
+    parser = _convert_parser() if convert else _pretrain_parser(Pretrain.preset)
+    known = [f"--{key}" for key, _ in parser.get_defaults().items()]
+    known = [option.replace("_", "-") for option in known] if convert else known
     found = re.search("unrecognized arguments:(.*)", str(error), re.IGNORECASE)
     for word in found[1].split() if found else ():
         name = word.partition("=")[0]

@@ -331,6 +331,26 @@ def test_pretrain_goes_on_with_an_official_run(tmp_path, method, monkeypatch):
     restore_run(tmp_path / "run")  # what knn and visualize load
 
 
+@recorded
+@pytest.mark.parametrize(("name", "change", "message"), [
+    ("dbot/checkpoint-last", {}, "cannot go on with dBOT pre-training"),
+    ("sdae/checkpoint-0", {}, "cannot go on with SdAE pre-training"),
+    ("mae/pretrain_full", {}, "holds no optimizer state and epoch"),
+    ("mae/checkpoint-0", dict(batch_size="4", lr=None), "in the file's args: batch_size, lr"),
+    ("mae/checkpoint-0", dict(world_size=1000), "1797 images, fewer than the run's batch of 4000"),
+    ("mae/checkpoint-0", {}, "have 1 channels, the network takes 3"),
+    ("mae/checkpoint-0", dict(epochs=0), "recipe.epochs: expected at least 1"),
+])  # fmt: skip
+def test_a_run_that_cannot_go_on_is_refused(tmp_path, name, change, message):
+    file = golden_pth(name)[1]
+    vars(file.get("args", argparse.Namespace())).update(change)
+    torch.save(file, tmp_path / "a.pth")
+    with pytest.raises((CheckpointError, ValueError)) as error:
+        convert(tmp_path / "a.pth", tmp_path / "run", data="digits")
+    assert message in str(error.value)
+    assert not (tmp_path / "run").exists()
+
+
 def test_a_run_of_fastmim_goes_to_the_authors_and_on(tmp_path):
     write_images(tmp_path / "photos", 16, size=32)
     recipe = recipe_from_dict(

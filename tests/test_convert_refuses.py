@@ -355,7 +355,7 @@ def test_copies_that_differ_are_not_dropped_silently(tmp_path, state):
     (["--out", "{tmp}/a.safetensors", "--data", "digits"], "--data makes a run to go on with"),
     (["--model", "golden_tin"], "did you mean golden_tiny"),
     (["--which", "both"], "which"),
-    (["--image-size", "3"], "unrecognized arguments"),
+    (["--image-size", "3"], "did you mean --img-size?"),
 ])  # fmt: skip
 def test_bad_input_gets_a_message_and_leaves_nothing(tmp_path, options, message, state, capsys):
     torch.save({"model": state}, tmp_path / "in.pth")

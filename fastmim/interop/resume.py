@@ -12,7 +12,6 @@ from fastmim.interop.describe import Description, differing
 from fastmim.interop.layouts import Contents
 from fastmim.interop.names import published_shapes
 from fastmim.interop.optimizer import by_name
-from fastmim.methods import METHODS
 from fastmim.train import checkpoint as checkpoints
 from fastmim.train.build import run_identity
 from fastmim.train.checkpoint import CheckpointError
@@ -20,6 +19,18 @@ from fastmim.train.config import Data, Efficiency, Output, Pretrain, Recipe, to_
 from fastmim.train.folder import CHECKPOINTS, write_config
 from fastmim.train.log import Window
 
+# Methods whose options make a recipe; a folder of the others keeps everything all the same.
+_CONTINUED = ("mae", "rc_mae")
+_NEEDED = (
+    "batch_size",
+    "accum_iter",
+    "world_size",
+    "mask_ratio",
+    "epochs",
+    "warmup_epochs",
+    "lr",
+    "norm_pix_loss",
+)
 # Options of the authors' scripts that a recipe takes over as they are.
 _SAME = (
     "mask_ratio",
@@ -58,16 +69,21 @@ def recipe_of(contents: Contents, description: Description, groups: list[dict[st
         CheckpointError: If an option is missing, or no model of fastmim has these sizes.
     """
     args = contents.training["args"]
+    if contents.method not in _CONTINUED:
+        raise CheckpointError(
+            f"convert: pretrain cannot go on with {contents.layout}; leave --data out to keep "
+            "all of it in the folder"
+        )
     if description.model is None or differing(description.model, description.sizes):
         raise CheckpointError(
             "convert: no model in fastmim.MODELS has these sizes, so no run can go on from here; "
             "for the weights alone give --out a name that ends in .safetensors"
         )
-    needed = ("batch_size", "mask_ratio", "epochs", "warmup_epochs", "lr", "norm_pix_loss")
-    missing = [name for name in needed if args.get(name) is None]
-    if missing:
-        raise CheckpointError(f"convert: the file's args lack {', '.join(missing)}")
-    batch = args["batch_size"] * args.get("accum_iter", 1) * args.get("world_size", 1)
+    args = {"accum_iter": 1, "world_size": 1, **args}
+    wrong = [name for name in _NEEDED if type(args.get(name)) not in (int, float, bool)]
+    if wrong:
+        raise CheckpointError(f"convert: expected numbers in the file's args: {', '.join(wrong)}")
+    batch = args["batch_size"] * args["accum_iter"] * args["world_size"]
     options = {name: args[name] for name in _SAME if args.get(name) is not None}
     base_lr = args.get("blr")
     if base_lr is None or base_lr * batch / 256 != args["lr"]:
@@ -138,8 +154,6 @@ def _run(
     folder: Path, contents: Contents, recipe: Recipe, data: str
 ) -> tuple[Pretrain, int, dict[str, Any]]:
     """Configuration, step and trainer's state of the run that goes on."""
-    if contents.method not in METHODS:
-        raise CheckpointError(f"convert: pretrain has no method {contents.method} to go on with")
     args = contents.training["args"]
     source: Source = open_source(data)
     per_epoch = len(source) // recipe.batch_size
@@ -147,6 +161,12 @@ def _run(
         raise ValueError(
             f"convert: {data} has {len(source)} images, fewer than the run's batch of "
             f"{recipe.batch_size}"
+        )
+    channels = contents.networks["student"]["patch_embed.proj.weight"].shape[1]
+    if source.channels != channels:
+        raise ValueError(
+            f"convert: the images of {data} have {source.channels} channels, the network takes "
+            f"{channels}"
         )
     official = recipe.momentum_schedule == "official"
     # As released the teacher moves after every micro-batch, of all processes together.
