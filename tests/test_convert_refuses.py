@@ -23,6 +23,7 @@ from fastmim import create_model
 from fastmim.cli import main
 from fastmim.interop import convert, load_weights
 from fastmim.models import MODELS
+from fastmim.train import checkpoint
 from fastmim.train.checkpoint import CheckpointError
 from tests import accuracy
 from tests.test_convert import TINY
@@ -236,6 +237,25 @@ def test_a_hostile_config_is_refused(tmp_path, config, state):
 def test_a_hostile_header_is_refused(tmp_path, header, state):
     save_file(state, tmp_path / "a.safetensors", {"fastmim": header})
     assert "header" in refusal(tmp_path / "a.safetensors")
+
+
+@pytest.mark.parametrize("value", [[], {}, 3, "x", None, [[1]], {"a": {}}])
+@pytest.mark.parametrize("key", ["converted", "identity", "epoch", "args", "groups", "method"])
+@pytest.mark.parametrize("whole", [True, False])
+def test_odd_folders_are_refused_with_a_message(tmp_path, whole, key, value, state):
+    claims = {"converted": {"method": "mae", "epoch": 3}, "identity": {}}
+    (claims if key in claims else claims["converted"])[key] = value
+    moments = {f"{m}.{n}": t for m in ("exp_avg", "exp_avg_sq") for n, t in state.items() if whole}
+    moments["step"] = torch.tensor(3)
+    checkpoint.save(tmp_path / "run" / "checkpoints", 3, {"student": state, "optimizer": moments},
+                    claims)  # fmt: skip
+    load_weights(tmp_path / "run")[1].lines()
+    for options in (dict(to="authors"), dict(data="digits")):
+        with pytest.raises((CheckpointError, ValueError)):
+            convert(
+                tmp_path / "run", tmp_path / f"out{'.pth' if 'to' in options else ''}", **options
+            )
+    assert [path.name for path in tmp_path.iterdir()] == ["run"]
 
 
 @pytest.mark.parametrize("value", [[], {}, 3, "x", None, 1.5, [[]], {"a": {}}])

@@ -29,20 +29,18 @@ def authors_files(
     }
     student, teacher = networks.get("student"), networks.get("teacher")
     beside = {}
-    if student is None or (teacher is None and contents.method != "rc_mae"):
-        file: dict[str, Any] = {"model": student or teacher}
-    elif contents.method == "rc_mae" and teacher is not None:
-        file = {
-            "student": {f"module.{name}": tensor for name, tensor in student.items()},
-            "teacher": teacher,
-            "student_without_ddp": student,
-            "teacher_without_ddp": teacher,
-        }
-    elif contents.method == "sdae":
-        file = {"model": student, "model_teacher": teacher}
-    else:
-        file = {"model": student}
-        if teacher is not None:
+    file: dict[str, Any] = {"model": teacher if student is None else student}
+    if student is not None and teacher is not None:
+        if contents.method == "rc_mae":
+            file = {
+                "student": {f"module.{name}": tensor for name, tensor in student.items()},
+                "teacher": teacher,
+                "student_without_ddp": student,
+                "teacher_without_ddp": teacher,
+            }
+        elif contents.method == "sdae":
+            file["model_teacher"] = teacher
+        else:
             beside[_teacher_path(path)] = {"model": teacher}
     if student is not None:
         file |= _training(contents, description)
@@ -68,15 +66,8 @@ def _training(contents: Contents, description: Description) -> dict[str, Any]:
     if optimizer is None:
         return {}
     named, groups = optimizer
-    epoch = training.get("epoch")
-    if epoch is None and training.get("images"):  # a run of fastmim: whole epochs done, less one
-        per_epoch = training["images"] // training["recipe"]["batch_size"]
-        epoch = training["step"] // per_epoch - 1
     saved = {"optimizer": by_index(named, published_shapes(description.sizes), groups)}
-    if epoch is not None:
-        saved["epoch"] = epoch
-    if training.get("scaler") is not None:
-        saved["scaler"] = training["scaler"]
+    saved |= {key: training[key] for key in ("epoch", "scaler") if key in training}
     if training.get("args"):
         saved["args"] = argparse.Namespace(**training["args"])
     return saved

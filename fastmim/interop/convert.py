@@ -101,9 +101,9 @@ def convert(
     if out is None:
         return describe(contents, network, path, wanted.model), []
     out = Path(out).expanduser()
-    if data is not None and (to != "fastmim" or out.suffix):
+    if data is not None and (to != "fastmim" or out.suffix == ".safetensors"):
         raise ValueError("convert: --data makes a run to go on with; give --out a folder")
-    whole = to == "authors" or (to == "fastmim" and not out.suffix)
+    whole = to == "authors" or (to == "fastmim" and (data is not None or not out.suffix))
     if whole and wanted.which is None:
         contents, description = _all_chosen(contents, wanted, path)
     else:

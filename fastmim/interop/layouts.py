@@ -21,6 +21,7 @@ METHOD_NAMES = {"mae": "MAE", "rc_mae": "RC-MAE", "dbot": "dBOT", "sdae": "SdAE"
 _STUDENT = ("student", "student_without_ddp", "model", "state_dict")
 _TEACHER = ("teacher", "teacher_without_ddp", "model_teacher")
 TRAINING = ("optimizer", "epoch", "scaler", "args")
+_TYPES = {"optimizer": dict, "epoch": int, "scaler": dict, "args": dict, "groups": list}
 _BARE = (CLASSIFIER, ENCODER)  # their optimizers have other groups than those of pre-training
 _WRAPPERS = ("module.", "_orig_mod.")  # of DistributedDataParallel and torch.compile
 # Fields of args that one authors' script has and the others have not.
@@ -38,7 +39,9 @@ class Contents:
         layout: In words.
         method: mae, rc_mae, dbot or sdae; None if the file does not tell.
         networks: "student" and "teacher", or one of them, with published names.
-        training: optimizer, epoch, scaler and args, as far as they are there; args as a dict.
+        training: optimizer, epoch, scaler and args, as far as they are there; args as a dict. Of a
+            checkpoint of fastmim "named" is the optimizer's state by name, with the options of its
+            groups or the recipe they follow from.
         norm_pix: Whether the targets were normalised, None if the file does not tell.
         model: Name of the model by the file's own account, or None.
         heads: Of encoder and decoder by the file's own account.
@@ -73,11 +76,10 @@ def recognise(file: File) -> Contents:
         notes.append("dBOT's teacher by the name of the file")
         found = {"teacher": found["student"]}
     networks = {name: _published(state, notes) for name, state in found.items()}
-    training = {key: file.contents[key] for key in TRAINING if key in file.contents}
-    training["args"] = _args(training.get("args"))
-    if type(training.get("epoch")) is not int:
-        training.pop("epoch", None)
-    method = _method(file, networks, training["args"], notes)
+    training, odd = _training(file.contents)
+    left_out += odd
+    args = training.get("args", {})
+    method = _method(file, networks, args, notes)
     if method == "dbot" and "teacher" not in networks:
         networks |= _dbot_teacher(file, notes)
     if "student" in networks and measure(networks["student"], method, file.path).kind in _BARE:
@@ -87,9 +89,9 @@ def recognise(file: File) -> Contents:
         _in_words(file, networks, method),
         method,
         networks,
-        training if "optimizer" in training or "epoch" in training else {},
-        _norm_pix(file, training["args"], notes),
-        _typed(training["args"], "model", str),
+        training,
+        _norm_pix(file, args, notes),
+        _typed(args, "model", str),
         (
             _typed(config, "num_attention_heads", int),
             _typed(config, "decoder_num_attention_heads", int),
@@ -160,10 +162,19 @@ def _published(state: State, notes: list[str]) -> State:
     return {name: tensor.detach() for name, tensor in state.items()}
 
 
-def _args(value: object) -> dict[str, Any]:
-    if isinstance(value, argparse.Namespace):
-        return dict(vars(value))
-    return value if isinstance(value, dict) else {}
+def _training(top: dict[str, Any]) -> tuple[dict[str, Any], list[str]]:
+    """Training state of the authors' files, and those of its keys that hold something else."""
+    if _is_state(top):
+        return {}, []
+    there = {key: top[key] for key in TRAINING if top.get(key) is not None}
+    if isinstance(there.get("args"), argparse.Namespace):
+        there["args"] = dict(vars(there["args"]))
+    right = _right(there)
+    return right, [key for key in there if key not in right]
+
+
+def _right(values: dict[str, Any]) -> dict[str, Any]:
+    return {key: value for key, value in values.items() if type(value) is _TYPES.get(key)}
 
 
 def _method(file: File, networks: dict, args: dict, notes: list[str]) -> str | None:
@@ -243,24 +254,22 @@ def _of_fastmim(file: File) -> Contents:
         raise CheckpointError(
             f"{file.path}: expected student and teacher, found {', '.join(parts) or 'nothing'}"
         )
-    told = state.get("converted") or {}
-    identity = state.get("identity") or {}
-    recipe = identity.get("recipe") or {}
-    training = {key: told[key] for key in ("epoch", "scaler", "args", "groups") if key in told}
+    told, identity = (_typed(state, key, dict) or {} for key in ("converted", "identity"))
+    recipe, data = (_typed(identity, key, dict) or {} for key in ("recipe", "data"))
+    training = _right({key: told[key] for key in told if key != "optimizer"})
     if optimizer is not None:
-        training["named"] = optimizer
-        training.setdefault("recipe", recipe)
-        training.setdefault("args", {})
-        training.setdefault("step", file.checkpoint.step)
-        training.setdefault("images", (identity.get("data") or {}).get("images"))
-    method = identity.get("method") or told.get("method")
+        training |= {"named": optimizer, "recipe": recipe}
+        per_epoch = (_typed(data, "images", int) or 0) // (_typed(recipe, "batch_size", int) or 1)
+        if "epoch" not in training and 0 < per_epoch <= file.checkpoint.step:
+            training["epoch"] = file.checkpoint.step // per_epoch - 1  # the last that is done
+    method = _typed(identity, "method", str) or _typed(told, "method", str)
     return Contents(
         f"fastmim checkpoint{' of ' + METHOD_NAMES.get(method, method) if method else ''}",
         method,
         parts,
         training,
-        told.get("norm_pix_loss", recipe.get("norm_pix")),
-        told.get("model") or recipe.get("model"),
+        _typed(told, "norm_pix_loss", bool) if told else _typed(recipe, "norm_pix", bool),
+        _typed(told, "model", str) or _typed(recipe, "model", str),
     )
 
 

@@ -76,10 +76,33 @@ def by_name(optimizer: Any, shapes: Shapes) -> tuple[dict[str, Tensor], list[dic
     return {"step": torch.tensor(steps.pop()), **named}, options
 
 
+def check_named(named: Mapping[str, Tensor], shapes: Shapes) -> None:
+    """Refuse a state by name that is not of these parameters.
+
+    Raises:
+        CheckpointError: Names the first five tensors that are missing or of another shape.
+    """
+    wanted = {"step": ()}
+    for name in chain(*group_names(shapes)):
+        wanted |= {f"{moment}.{name}": shapes[name] for moment in _MOMENTS}
+    wrong = [n for n, shape in wanted.items() if n not in named or named[n].shape != shape]
+    if wrong:
+        raise CheckpointError(
+            f"optimizer: {len(wrong)} tensors are missing or of another shape: "
+            f"{', '.join(wrong[:5])}"
+        )
+
+
 def by_index(
     named: Mapping[str, Tensor], shapes: Shapes, options: list[dict[str, Any]]
 ) -> dict[str, Any]:
-    """The inverse of :func:`by_name`, in the layout of today's torch."""
+    """The inverse of :func:`by_name`, in the layout of today's torch.
+
+    Raises:
+        CheckpointError: If the options are not those of two groups.
+    """
+    if len(options) != 2 or not all(isinstance(group, dict) for group in options):
+        raise CheckpointError(f"optimizer: expected the options of two groups, got {options}")
     names = group_names(shapes)
     order = list(chain(*names))
     state = {

@@ -11,7 +11,7 @@ from fastmim.data import Source, open_source
 from fastmim.interop.describe import Description, differing
 from fastmim.interop.layouts import Contents
 from fastmim.interop.names import published_shapes
-from fastmim.interop.optimizer import by_name
+from fastmim.interop.optimizer import by_name, check_named
 from fastmim.train import checkpoint as checkpoints
 from fastmim.train.build import run_identity
 from fastmim.train.checkpoint import CheckpointError
@@ -48,18 +48,24 @@ def named_optimizer(
     contents: Contents, description: Description
 ) -> tuple[dict[str, Tensor], list[dict[str, Any]]] | None:
     """AdamW's state by name and the options of its groups, None if the file has none."""
-    training = contents.training
+    training, shapes = contents.training, published_shapes(description.sizes)
     if "named" in training:
+        check_named(training["named"], shapes)
         return training["named"], training.get("groups") or _groups(training["recipe"])
     if not training.get("optimizer"):
         return None
-    return by_name(training["optimizer"], published_shapes(description.sizes))
+    return by_name(training["optimizer"], shapes)
 
 
 def _groups(recipe: dict[str, Any]) -> list[dict[str, Any]]:
     """Options of the groups of a run that fastmim trained."""
-    common = dict(lr=0.0, betas=tuple(recipe["betas"]), eps=recipe["adam_eps"], amsgrad=False)
-    return [{"weight_decay": decay, **common} for decay in (0.0, recipe["weight_decay"])]
+    try:
+        common = dict(lr=0.0, betas=tuple(recipe["betas"]), eps=recipe["adam_eps"], amsgrad=False)
+        return [{"weight_decay": decay, **common} for decay in (0.0, recipe["weight_decay"])]
+    except (KeyError, TypeError) as error:
+        raise CheckpointError(
+            f"optimizer: the checkpoint does not tell the options of its groups: {error}"
+        ) from error
 
 
 def recipe_of(contents: Contents, description: Description, groups: list[dict[str, Any]]) -> Recipe:
@@ -68,7 +74,7 @@ def recipe_of(contents: Contents, description: Description, groups: list[dict[st
     Raises:
         CheckpointError: If an option is missing, or no model of fastmim has these sizes.
     """
-    args = contents.training["args"]
+    args = contents.training.get("args", {})
     if contents.method not in _CONTINUED:
         raise CheckpointError(
             f"convert: pretrain cannot go on with {contents.layout}; leave --data out to keep "
@@ -89,20 +95,21 @@ def recipe_of(contents: Contents, description: Description, groups: list[dict[st
     if base_lr is None or base_lr * batch / 256 != args["lr"]:
         base_lr = args["lr"] * 256 / batch
     if contents.method == "rc_mae":
-        options |= {
-            "momentum_schedule": "official",
-            "momentum": args.get("momentum_teacher", 0.996),
-        }
-    return Recipe(
-        model=description.model,
-        img_size=description.img_size,
-        norm_pix=args["norm_pix_loss"],
-        batch_size=batch,
-        base_lr=base_lr,
-        betas=tuple(groups[0]["betas"]),
-        adam_eps=groups[0]["eps"],
-        **options,
-    )
+        options["momentum_schedule"] = "official"
+        options["momentum"] = args.get("momentum_teacher", 0.996)
+    try:
+        return Recipe(
+            model=description.model,
+            img_size=description.img_size,
+            norm_pix=args["norm_pix_loss"],
+            batch_size=batch,
+            base_lr=base_lr,
+            betas=tuple(groups[0]["betas"]),
+            adam_eps=groups[0]["eps"],
+            **options,
+        )
+    except (TypeError, KeyError) as error:
+        raise CheckpointError(f"convert: the file's options make no recipe: {error}") from error
 
 
 def write_run(folder: Path, contents: Contents, description: Description, data: str | None) -> Path:

@@ -18,7 +18,7 @@ from fastmim.interop.resume import write_run
 def _write_fastmim(
     out: Path, contents: Contents, description: Description, data: str | None
 ) -> list[Path]:
-    if not out.suffix:
+    if data is not None or not out.suffix:
         return [write_run(out, contents, description, data)]
     _expect_suffix(out, ".safetensors")
     (state,) = contents.networks.values()
