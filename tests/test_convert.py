@@ -374,7 +374,13 @@ def test_a_run_of_fastmim_goes_to_the_authors_and_on(tmp_path):
     convert(tmp_path / "run", tmp_path / "checkpoint-1.pth", to="authors")
     file = load_pth(tmp_path / "checkpoint-1.pth")
     assert_equal(file["model"], trainer.method.student.state_dict())
-    assert (list(file), file["epoch"]) == (["model", "optimizer", "epoch"], 1)
+    assert (list(file), file["epoch"]) == (["model", "optimizer", "epoch", "args"], 1)
+    again, written = convert(
+        tmp_path / "checkpoint-1.pth", tmp_path / "again", data=str(tmp_path / "photos")
+    )
+    config = yaml.safe_load(written[0].read_text())
+    assert recipe_from_dict({**config["recipe"], "img_size": None}) == recipe
+    assert (again.model, again.norm_pix_loss) == ("golden_tiny", True)
     # As the authors' scripts resume: the same groups in torch's AdamW.
     model = models_mae.MaskedAutoencoderViT(**TINY)
     model.load_state_dict(file["model"])

@@ -11,7 +11,7 @@ from fastmim.interop.layouts import Contents, State
 from fastmim.interop.measure import measure
 from fastmim.interop.names import published_shapes
 from fastmim.interop.optimizer import by_index
-from fastmim.interop.resume import named_optimizer
+from fastmim.interop.resume import args_of, named_optimizer
 
 
 def authors_files(
@@ -68,8 +68,11 @@ def _training(contents: Contents, description: Description) -> dict[str, Any]:
     named, groups = optimizer
     saved = {"optimizer": by_index(named, published_shapes(description.sizes), groups)}
     saved |= {key: training[key] for key in ("epoch", "scaler") if key in training}
-    if training.get("args"):
-        saved["args"] = argparse.Namespace(**training["args"])
+    args = training.get("args")
+    if args is None and training.get("recipe"):
+        args = args_of(training["recipe"], contents.method)
+    if args is not None:
+        saved["args"] = argparse.Namespace(**args)
     return saved
 
 

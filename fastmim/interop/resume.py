@@ -15,7 +15,15 @@ from fastmim.interop.optimizer import by_name, check_named
 from fastmim.train import checkpoint as checkpoints
 from fastmim.train.build import run_identity
 from fastmim.train.checkpoint import CheckpointError
-from fastmim.train.config import Data, Efficiency, Output, Pretrain, Recipe, to_dict
+from fastmim.train.config import (
+    Data,
+    Efficiency,
+    Output,
+    Pretrain,
+    Recipe,
+    recipe_from_dict,
+    to_dict,
+)
 from fastmim.train.folder import CHECKPOINTS, write_config
 from fastmim.train.log import Window
 
@@ -39,7 +47,6 @@ _SAME = (
     "min_lr",
     "weight_decay",
     "seed",
-    "gamma",
     "clip_grad",
 )
 
@@ -97,6 +104,7 @@ def recipe_of(contents: Contents, description: Description, groups: list[dict[st
     if contents.method == "rc_mae":
         options["momentum_schedule"] = "official"
         options["momentum"] = args.get("momentum_teacher", 0.996)
+        options["gamma"] = args.get("gamma", 1.0)
     try:
         return Recipe(
             model=description.model,
@@ -110,6 +118,35 @@ def recipe_of(contents: Contents, description: Description, groups: list[dict[st
         )
     except (TypeError, KeyError) as error:
         raise CheckpointError(f"convert: the file's options make no recipe: {error}") from error
+
+
+def args_of(recipe: dict[str, Any], method: str | None) -> dict[str, Any]:
+    """The options of the authors' scripts that a recipe stands for: :func:`recipe_of` backwards.
+
+    Args:
+        recipe: As plain values.
+        method: Whose script it is.
+
+    Raises:
+        CheckpointError: If it is no recipe of this version.
+    """
+    try:
+        known = recipe_from_dict(recipe)
+    except (TypeError, ValueError) as error:
+        raise CheckpointError(f"the checkpoint's recipe is of another version: {error}") from error
+    options = {name: getattr(known, name) for name in _SAME}
+    options |= dict(
+        model=known.model,
+        batch_size=known.batch_size,
+        accum_iter=1,
+        world_size=1,
+        blr=known.base_lr,
+        lr=known.lr,
+        norm_pix_loss=known.norm_pix,
+    )
+    if method == "rc_mae":
+        options |= dict(gamma=known.gamma, momentum_teacher=known.momentum)
+    return options
 
 
 def write_run(folder: Path, contents: Contents, description: Description, data: str | None) -> Path:
