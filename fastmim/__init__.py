@@ -17,7 +17,7 @@ _HOMES = {
     "create_model": "fastmim.models",
     "use_backend": "fastmim.ops",
 }
-_MODULES = {"compat", "data", "eval", "info", "methods", "models", "nn", "ops", "train"}
+_MODULES = {"compat", "data", "eval", "info", "interop", "methods", "models", "nn", "ops", "train"}
 __all__ = sorted(_HOMES)
 
 try:

@@ -1,4 +1,4 @@
-"""The command line: ``fastmim pretrain | knn | visualize | presets | info``."""
+"""The command line: ``fastmim pretrain | knn | visualize | convert | presets | info``."""
 
 import argparse
 import difflib
@@ -8,7 +8,7 @@ import sys
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import NamedTuple
+from typing import Literal, NamedTuple
 
 import yaml
 from jsonargparse import (
@@ -23,6 +23,7 @@ from jsonargparse.typing import PositiveInt
 import fastmim
 from fastmim.data import TooManyBadImages, open_source
 from fastmim.info import print_report
+from fastmim.interop import convert
 from fastmim.models import did_you_mean
 from fastmim.train.build import restore_run
 from fastmim.train.checkpoint import CheckpointError
@@ -47,6 +48,17 @@ examples:
   fastmim pretrain --preset small32 --print_config > my.yaml       every option, to edit
   fastmim pretrain --config my.yaml
   fastmim pretrain --config runs/small32-rc_mae/config.yaml        go on with that run
+"""
+
+
+_CONVERT_EXAMPLES = """\
+examples:
+  fastmim convert mae_pretrain_vit_base.pth                        only say what it is
+  fastmim convert rc_mae/checkpoint-1599.pth --out rc.safetensors  the teacher, which they fine-tune
+  fastmim convert checkpoint-400.pth --out runs/mae --data /data/imagenet/train
+  fastmim pretrain --config runs/mae/config.yaml                   goes on with that official run
+  fastmim convert runs/mae --out mae.pth --to authors
+  fastmim convert rc.safetensors --out vit --to hf --encoder-only --img-size 384
 """
 
 
@@ -75,7 +87,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         return _COMMANDS[options.command](_Call(argv, parser, options[options.command]))
     except ArgumentError as error:
         command = argv[0] + " " if argv[0] in _COMMANDS else ""
-        say(f"error: {error}{_nearest_option(error)}\nsee fastmim {command}--help")
+        say(f"error: {error}{_nearest_option(error, argv[0])}\nsee fastmim {command}--help")
         return _BAD_INPUT
     except _USER_ERRORS as error:
         say(f"error: {error}")
@@ -155,6 +167,8 @@ def _parser(preset: str) -> ArgumentParser:
     visualize.add_argument("--out", type=str, help="Default: reconstruction.png in the run.")
     commands.add_subcommand("visualize", visualize, help="picture of a run's reconstructions")
 
+    commands.add_subcommand("convert", _convert_parser(), help="checkpoints of others, in and out")
+
     presets = _command("Named recipes and their sources.", "presets")
     commands.add_subcommand("presets", presets, help="list the named recipes")
 
@@ -181,9 +195,57 @@ def _pretrain_parser(preset: str) -> ArgumentParser:
     return parser
 
 
-def _nearest_option(error: ArgumentError) -> str:
+def _convert_parser() -> ArgumentParser:
+    parser = _command(
+        "Recognise a checkpoint of MAE, RC-MAE, dBOT, SdAE, timm, Hugging Face or fastmim, and\n"
+        "write it in another layout. Nothing in it is run.",
+        "convert IN [--out OUT] [options]",
+        _CONVERT_EXAMPLES,
+    )
+    parser.add_argument("path", type=str, help="File or folder; its layout is recognised.")
+    parser.add_argument(
+        "--out",
+        type=str,
+        help="One network: a name ending in .safetensors (.pth for authors). Everything, with the "
+        "optimizer: a folder. Default: only say what the file is.",
+    )
+    parser.add_argument(
+        "--to",
+        type=Literal["fastmim", "authors", "timm", "hf"],
+        default="fastmim",
+        help="Layout of OUT.",
+    )
+    parser.add_argument(
+        "--which",
+        type=Literal["student", "teacher"] | None,
+        help="Default: the one that the authors fine-tune; in a folder and for authors, both.",
+    )
+    parser.add_argument("--encoder-only", action="store_true", help="Leave the decoder out.")
+    parser.add_argument(
+        "--img-size",
+        type=int | tuple[int, int] | None,
+        help="Interpolate the position tables for this size in pixels, or [height, width].",
+    )
+    parser.add_argument(
+        "--positions",
+        type=Literal["bicubic", "sincos"],
+        default="bicubic",
+        help="With --img-size: resample the tables, or compute fixed ones anew.",
+    )
+    parser.add_argument("--model", type=str, help="Refuse other sizes than those of this model.")
+    parser.add_argument(
+        "--partial", action="store_true", help="Go on without missing and unexpected tensors."
+    )
+    parser.add_argument("--data", type=str, help="Images with which the run in OUT goes on.")
+    return parser
+
+
+def _nearest_option(error: ArgumentError, command: str) -> str:
     """Hint for an option that is not there, or nothing."""
-    known = [f"--{key}" for key, _ in _pretrain_parser(Pretrain.preset).get_defaults().items()]
+    convert = command == "convert"
+    parser = _convert_parser() if convert else _pretrain_parser(Pretrain.preset)
+    known = [f"--{key}" for key, _ in parser.get_defaults().items()]
+    known = [option.replace("_", "-") for option in known] if convert else known
     found = re.search("unrecognized arguments:(.*)", str(error), re.IGNORECASE)
     for word in found[1].split() if found else ():
         name = word.partition("=")[0]
@@ -272,6 +334,28 @@ def _visualize(call: _Call) -> int:
     return 0
 
 
+def _convert(call: _Call) -> int:
+    given = call.options
+    description, written = convert(
+        given.path,
+        given.out,
+        to=given.to,
+        data=given.data,
+        which=given.which,
+        encoder_only=given.encoder_only,
+        img_size=given.img_size,
+        sincos=given.positions == "sincos",
+        partial=given.partial,
+        model=given.model,
+    )
+    print("\n".join(description.lines()))
+    for path in written:
+        say(f"wrote {path}")
+    if given.data is not None:
+        say(f"to go on with this run: fastmim pretrain --config {written[0]}")
+    return 0
+
+
 def _presets(call: _Call) -> int:
     for name, preset in PRESETS.items():
         recipe = preset.recipe
@@ -291,6 +375,7 @@ _COMMANDS = {
     "pretrain": _pretrain,
     "knn": _knn,
     "visualize": _visualize,
+    "convert": _convert,
     "presets": _presets,
     "info": _info,
 }

@@ -458,7 +458,7 @@ def load(path: str | os.PathLike[str]) -> Checkpoint:
         if name == _STATE:
             state = _parse_state(path / name, data)
         else:
-            parts[name.removesuffix(".safetensors")] = _parse_part(path / name, data)
+            parts[name.removesuffix(".safetensors")] = parse_safetensors(path / name, data)
     return Checkpoint(step, parts, state, path)
 
 
@@ -608,7 +608,16 @@ def _parse_state(path: Path, data: bytes) -> dict[str, Any]:
     return state
 
 
-def _parse_part(path: Path, data: bytes) -> dict[str, Tensor]:
+def parse_safetensors(path: Path, data: bytes) -> dict[str, Tensor]:
+    """Tensors of a safetensors file whose header is bounded before it is parsed.
+
+    Args:
+        path: For messages.
+        data: The whole file.
+
+    Raises:
+        CheckpointError: Names the file and what is wrong with it.
+    """
     _check_header(path, data)
     try:
         return safetensors.torch.load(data)

@@ -1,0 +1,546 @@
+"""fastmim convert: the authors', timm's and Hugging Face's checkpoints, in and out."""
+
+import argparse
+import json
+import os
+from pathlib import Path
+
+import pytest
+import torch
+import yaml
+from safetensors.torch import load_file, save_file
+
+from fastmim import create_model
+from fastmim.compat import models_mae, models_rc
+from fastmim.interop import convert, load_into, load_weights
+from fastmim.interop.hf import to_hf
+from fastmim.interop.names import AUTOENCODER, DBOT, SDAE, Sizes, published_shapes
+from fastmim.interop.optimizer import group_names
+from fastmim.interop.positions import resize_positions
+from fastmim.interop.read import read
+from fastmim.models import MODELS
+from fastmim.ops import masks_from_shuffle
+from fastmim.train import Engine, Pretrain, Trainer
+from fastmim.train.build import restore_run
+from fastmim.train.checkpoint import CheckpointError
+from fastmim.train.config import Data, Efficiency, Evaluation, Output, recipe_from_dict
+from fastmim.train.optim import AdamWEMA, lr_at, param_groups
+from tests import accuracy
+from tests.test_golden import without_key_bias
+from tests.training import write_images
+
+CHECKPOINTS = Path(os.environ.get("FASTMIM_SHARED", "/nowhere")) / "golden" / "checkpoints"
+recorded = pytest.mark.skipif(
+    not CHECKPOINTS.is_dir(), reason="FASTMIM_SHARED/golden/checkpoints is not there"
+)
+TINY = dict(
+    img_size=32,
+    patch_size=8,
+    embed_dim=32,
+    depth=2,
+    num_heads=1,
+    decoder_embed_dim=32,
+    decoder_depth=1,
+    decoder_num_heads=1,
+)
+# file, layout, method, its networks, kind of the one taken, epoch, norm_pix_loss
+FILES = [
+    ("mae/checkpoint-0", "MAE pre-training", "mae", "student", "autoencoder", 0, True),
+    ("mae/checkpoint-0-legacy-optimizer", "MAE pre-training", "mae", "student", "autoencoder", 0, True),  # noqa: E501
+    ("mae/pretrain_encoder", "encoder only (MAE's", None, "student", "encoder", None, None),
+    ("mae/pretrain_full", "MAE weights, encoder and", "mae", "student", "autoencoder", None, None),
+    ("rc_mae/checkpoint-0", "RC-MAE pre-training", "rc_mae", "student teacher", "autoencoder", 0, True),  # noqa: E501
+    ("dbot/checkpoint-8", "dBOT pre-training", "dbot", "student teacher", "dBOT student", 7, None),
+    ("dbot/checkpoint-last", "dBOT pre-training", "dbot", "student teacher", "dBOT student", 9, None),  # noqa: E501
+    ("dbot/checkpoint-teacher-8", "dBOT weights, encoder only", "dbot", "teacher", "encoder", None, None),  # noqa: E501
+    ("dbot/checkpoint-teacher-last", "dBOT weights, encoder only", "dbot", "teacher", "encoder", None, None),  # noqa: E501
+    ("sdae/checkpoint-0", "SdAE pre-training", "sdae", "student teacher", "SdAE student", 0, True),
+]  # fmt: skip
+TRAINING = ["mae/checkpoint-0", "rc_mae/checkpoint-0", "dbot/checkpoint-last", "sdae/checkpoint-0"]
+
+
+@pytest.fixture(autouse=True)
+def tiny(monkeypatch):
+    """The recorded checkpoints' model has a name, as the authors' models have."""
+    monkeypatch.setitem(MODELS, "golden_tiny", TINY)
+
+
+def load_pth(path: Path) -> dict:
+    with torch.serialization.safe_globals([argparse.Namespace]):
+        return torch.load(path, weights_only=True)
+
+
+def golden_pth(name: str) -> tuple[Path, dict]:
+    path = CHECKPOINTS / f"{name}.pth"
+    return path, load_pth(path)
+
+
+def assert_equal(got: object, expected: object) -> None:
+    """Bitwise; the tensors of a state_dict in the same order, options in any."""
+    if isinstance(expected, argparse.Namespace):
+        got, expected = vars(got), vars(expected)
+    if isinstance(expected, dict):
+        tensors = all(isinstance(value, torch.Tensor) for value in expected.values())
+        assert list(got) == list(expected) if tensors else got.keys() == expected.keys()
+        for key in expected:
+            assert_equal(got[key], expected[key])
+    elif isinstance(expected, torch.Tensor):
+        accuracy.exact(got, expected)
+    elif isinstance(expected, list):
+        assert len(got) == len(expected)
+        for one, other in zip(got, expected, strict=True):
+            assert_equal(one, other)
+    else:
+        assert got == expected
+
+
+def vit(**changes) -> dict[str, torch.Tensor]:
+    """State of a tiny encoder, and of more, with random values in the published order."""
+    sizes = dict(
+        kind="encoder", embed_dim=32, depth=2, patch_size=8, in_chans=3, tokens=17, hidden=128
+    )
+    shapes = published_shapes(Sizes(**{**sizes, **changes}))
+    return {name: torch.randn(shape) for name, shape in shapes.items()}
+
+
+# --- what a file is ---
+
+
+@recorded
+@pytest.mark.parametrize(("name", "layout", "method", "networks", "kind", "epoch", "norm"), FILES)
+def test_a_recorded_file_is_recognised(name, layout, method, networks, kind, epoch, norm):
+    found = load_weights(CHECKPOINTS / f"{name}.pth")[1]
+    assert found.layout.startswith(layout)
+    assert (found.method, found.sizes.kind, found.epoch) == (method, kind, epoch)
+    assert (found.available, found.norm_pix_loss) == (networks.split(), norm)
+    assert (found.img_size, found.sizes.patch_size, found.sizes.embed_dim) == ((32, 32), 8, 32)
+    assert found.sizes.depth == (0 if name.endswith("teacher-8") else 2)
+    assert not found.missing
+    assert not found.unexpected
+    assert not found.left_out
+    if found.sizes.depth:
+        assert (found.model, found.num_heads) == ("golden_tiny", 1)
+
+
+@recorded
+@pytest.mark.parametrize(
+    ("name", "key", "which"),
+    [
+        *((name, "model", None) for name, *_ in FILES if not name.startswith("rc_mae")),
+        ("rc_mae/checkpoint-0", "teacher", None),  # which the authors fine-tune
+        ("rc_mae/checkpoint-0", "student_without_ddp", "student"),
+        ("sdae/checkpoint-0", "model_teacher", "teacher"),
+    ],
+)
+def test_tensors_come_out_bitwise_and_in_order(name, key, which):
+    path, file = golden_pth(name)
+    assert_equal(load_weights(path, which=which)[0], dict(file[key]))
+
+
+@pytest.mark.parametrize(("name", "norm_pix"), [
+    ("mae_pretrain_vit_base_full.pth", True),
+    ("mae_visualize_vit_base.pth", False),
+    ("other.pth", None),
+])  # fmt: skip
+def test_the_released_names_tell_whether_targets_were_normalised(tmp_path, name, norm_pix):
+    torch.save({"model": create_model("golden_tiny").state_dict()}, tmp_path / name)
+    assert load_weights(tmp_path / name)[1].norm_pix_loss is norm_pix
+
+
+def test_a_head_as_wide_as_pixels_and_features_is_called_ambiguous(tmp_path):
+    state = create_model("golden_tiny", in_chans=2, patch_size=4, decoder_embed_dim=16).state_dict()
+    torch.save({"model": state}, tmp_path / "a.pth")
+    assert any("look the same" in note for note in load_weights(tmp_path / "a.pth")[1].notes)
+    torch.save({"model": state, "args": argparse.Namespace(shrink_num=147)}, tmp_path / "a.pth")
+    found = load_weights(tmp_path / "a.pth")[1]
+    assert (found.method, found.sizes.kind, found.notes) == ("sdae", SDAE, [])
+
+
+@pytest.mark.parametrize("grid", [(4, 4), (2, 8), (16, 1)])
+def test_a_fixed_table_tells_its_grid(tmp_path, grid):
+    size = tuple(8 * side for side in grid)
+    model = create_model("golden_tiny", img_size=size)
+    torch.save(model.state_dict(), tmp_path / "a.pth")
+    assert load_weights(tmp_path / "a.pth")[1].img_size == size
+
+
+@pytest.mark.parametrize(
+    ("changes", "layout", "pool"),
+    [
+        ({}, "timm ViT without a head", None),
+        (dict(kind="classifier", num_classes=7, pool="cls"), "timm ViT with a head", "cls"),
+        (dict(kind="classifier", num_classes=7, pool="mean"), "timm ViT with a head", "mean"),
+        (dict(kind="classifier", pool="mean"), "timm ViT with a head", "mean"),
+    ],
+)
+@pytest.mark.parametrize("suffix", [".pth", ".safetensors"])
+def test_a_vit_of_timm_goes_in_and_out(tmp_path, changes, layout, pool, suffix):
+    state = vit(**changes)
+    path, out = tmp_path / f"vit{suffix}", tmp_path / "out.safetensors"
+    (torch.save if suffix == ".pth" else save_file)(state, path)
+    found, _ = convert(path, out, to="timm")
+    assert (found.layout, found.sizes.pool) == (layout, pool)
+    assert_equal(dict(sorted(load_file(out).items())), dict(sorted(state.items())))
+
+
+def test_a_fine_tuned_vit_is_recognised_without_its_optimizer(tmp_path):
+    state = vit(kind="classifier", num_classes=7, pool="mean")
+    args = argparse.Namespace(model="vit_base_patch16")
+    torch.save({"model": state, "optimizer": {"state": {}}, "epoch": 3, "args": args},
+               tmp_path / "a.pth")  # fmt: skip
+    found = load_weights(tmp_path / "a.pth")[1]
+    assert (found.layout, found.left_out, found.epoch) == ("fine-tuned ViT", ["optimizer"], 3)
+
+
+# --- back to the authors ---
+
+
+@recorded
+@pytest.mark.parametrize("through", ["folder", "nothing"])
+@pytest.mark.parametrize("name", [name for name, *_ in FILES])
+def test_what_went_in_comes_back_bitwise(tmp_path, name, through):
+    path, file = golden_pth(name)
+    back = tmp_path / path.name
+    if through == "folder":
+        convert(path, tmp_path / "folder")
+        path = tmp_path / "folder"
+    convert(path, back, to="authors")
+    got = load_pth(back)
+    if "legacy" in name:  # written as today's torch does
+        for entry in file["optimizer"]["state"].values():
+            entry["step"] = torch.tensor(float(entry["step"]))
+    assert_equal(got, file)
+    if name in ("dbot/checkpoint-8", "dbot/checkpoint-last"):
+        teacher = name.replace("checkpoint-", "checkpoint-teacher-")
+        beside = load_pth(back.with_name(Path(teacher).name + ".pth"))
+        assert_equal(beside, golden_pth(teacher)[1])
+
+
+@recorded
+@pytest.mark.parametrize(
+    ("name", "module", "keys"),
+    [
+        ("mae/checkpoint-0", models_mae, ["model"]),
+        ("rc_mae/checkpoint-0", models_rc, ["teacher", "student_without_ddp"]),
+    ],
+)
+def test_what_comes_back_loads_strict_in_the_authors_classes(tmp_path, name, module, keys):
+    convert(CHECKPOINTS / f"{name}.pth", tmp_path / "weights", which=None)
+    convert(tmp_path / "weights", tmp_path / "back.pth", to="authors")
+    for key in keys:
+        model = module.MaskedAutoencoderViT(**TINY)
+        model.load_state_dict(load_pth(tmp_path / "back.pth")[key], strict=True)
+
+
+@recorded
+def test_weights_keep_what_was_found(tmp_path):
+    path, file = golden_pth("rc_mae/checkpoint-0")
+    convert(path, tmp_path / "w.safetensors")
+    state, found = load_weights(tmp_path / "w.safetensors")
+    assert_equal(state, dict(file["teacher"]))
+    assert (found.method, found.network, found.norm_pix_loss) == ("rc_mae", "teacher", True)
+    convert(tmp_path / "w.safetensors", tmp_path / "w.pth", to="authors")
+    assert_equal(load_pth(tmp_path / "w.pth"), {"model": dict(file["teacher"])})
+
+
+# --- the optimizer ---
+
+
+@pytest.mark.parametrize(("method", "kind"), [
+    ("mae", AUTOENCODER), ("rc_mae", AUTOENCODER), ("dbot", DBOT), ("sdae", SDAE),
+])  # fmt: skip
+def test_moments_are_indexed_as_the_authors_group_parameters(method, kind):
+    schedules = json.loads((Path(__file__).parent / "golden" / "schedules.json").read_text())
+    groups = schedules["pretrain_param_groups"][method]["groups_in_order"]
+    shapes = published_shapes(
+        Sizes(kind, 64, 2, 8, 3, 17, 256, decoder_embed_dim=32, decoder_depth=1, decoder_hidden=128)
+    )
+    assert group_names(shapes) == [group["names"] for group in groups]
+
+
+def test_a_vit_base_has_the_published_number_of_tensors():
+    sizes = Sizes(AUTOENCODER, 768, 12, 16, 3, 197, 3072, 512, 8, 2048)
+    shapes = published_shapes(sizes)
+    assert len(shapes) == 254
+    assert [len(names) for names in group_names(shapes)] == [167, 85]
+    assert list(shapes) == list(create_model("mae_vit_base_patch16").state_dict())
+
+
+@recorded
+@pytest.mark.parametrize("name", ["checkpoint-0", "checkpoint-0-legacy-optimizer"])
+def test_the_next_step_of_an_official_run_is_the_recorded_one(tmp_path, name):
+    convert(CHECKPOINTS / "mae" / f"{name}.pth", tmp_path / "run")
+    model = create_model("golden_tiny", norm_pix_loss=True)
+    load_into(model, tmp_path / "run")
+    optimizer = AdamWEMA(param_groups(model.named_parameters(), 0.05), betas=(0.9, 0.95), eps=1e-8)
+    optimizer.load_state_dict(read(tmp_path / "run").checkpoint.parts["optimizer"])
+    expected = load_file(CHECKPOINTS / "mae" / "expected.safetensors")
+    masks = masks_from_shuffle(expected["ids_shuffle"], expected["ids_keep"].shape[1])
+    loss = model(expected["imgs"], masks).loss
+    accuracy.golden(loss.reshape(1), expected["loss"])
+    loss.backward()
+    optimizer.step(lr=1e-3)
+    for key, tensor in model.state_dict().items():
+        pair = (tensor, expected[f"model_next.{key}"])
+        accuracy.golden_weights(*(without_key_bias(key, weights) for weights in pair))
+
+
+@recorded
+@pytest.mark.parametrize("method", ["mae", "rc_mae"])
+def test_pretrain_goes_on_with_an_official_run(tmp_path, method, monkeypatch):
+    path, file = golden_pth(f"{method}/checkpoint-0")
+    args = file["args"]
+    batch = args.batch_size * args.accum_iter * args.world_size
+    write_images(tmp_path / "photos", 2 * batch + 5, size=32)
+    convert(path, tmp_path / "kept")  # which can be made a run later
+    done, (config_file,) = convert(
+        path if method == "mae" else tmp_path / "kept",
+        tmp_path / "run",
+        data=str(tmp_path / "photos"),
+    )
+    assert (done.model, done.method) == ("golden_tiny", method)
+
+    options = yaml.safe_load(config_file.read_text())
+    sections = dict(data=Data, efficiency=Efficiency, eval=Evaluation, output=Output)
+    options |= {name: kind(**options[name]) for name, kind in sections.items()}
+    options["output"] = Output(folder=tmp_path, name="run", pictures=0, log_every=1)
+    options["recipe"] = recipe_from_dict(options["recipe"])
+    trainer = Trainer(Pretrain(**{**options, "stop_after": 3}))
+    recipe, per_epoch = trainer.config.recipe, trainer.engine.steps_per_epoch
+    assert (trainer.done, per_epoch) == ((file["epoch"] + 1) * 2, 2)
+    assert recipe.lr == args.lr
+    assert (recipe.epochs, recipe.warmup_epochs, recipe.seed) == (40, 4, 0)
+    student = file["model" if method == "mae" else "student_without_ddp"]
+    for name, tensor in trainer.method.student.state_dict().items():
+        accuracy.exact(tensor, student[name])
+    if method == "rc_mae":
+        assert (recipe.momentum, recipe.momentum_schedule) == (args.momentum_teacher, "official")
+        for name, tensor in trainer.method.teacher.module.state_dict().items():
+            accuracy.exact(tensor, file["teacher"][name])
+    saved = file["optimizer"]["state"]
+    for index, name in enumerate(trainer.engine.optimizer.names):
+        named = trainer.engine.optimizer.state_dict()
+        accuracy.exact(named[f"exp_avg.{name}"], saved[index]["exp_avg"])
+        accuracy.exact(named[f"exp_avg_sq.{name}"], saved[index]["exp_avg_sq"])
+        assert named["step"] == saved[index]["step"]
+
+    lrs = []
+    step = Engine.run_step
+    monkeypatch.setattr(
+        Engine, "run_step", lambda *a: lrs.append((result := step(*a)).lr) or result
+    )
+    outcome = trainer.run()
+    assert outcome.steps == 3
+    assert lrs == [lr_at(1.0, lr=args.lr, min_lr=0.0, warmup_epochs=4, epochs=40)]
+    assert read(tmp_path / "run").checkpoint.parts["optimizer"]["step"] == 3
+    restore_run(tmp_path / "run")  # what knn and visualize load
+
+
+@recorded
+@pytest.mark.parametrize(("name", "change", "message"), [
+    ("dbot/checkpoint-last", {}, "cannot go on with dBOT pre-training"),
+    ("sdae/checkpoint-0", {}, "cannot go on with SdAE pre-training"),
+    ("mae/pretrain_full", {}, "holds no optimizer state and epoch"),
+    ("mae/checkpoint-0", dict(batch_size="4", lr=None), "in the file's args: batch_size, lr"),
+    ("mae/checkpoint-0", dict(world_size=1000), "1797 images, fewer than the run's batch of 4000"),
+    ("mae/checkpoint-0", {}, "have 1 channels, the network takes 3"),
+    ("mae/checkpoint-0", dict(epochs=0), "recipe.epochs: expected at least 1"),
+])  # fmt: skip
+def test_a_run_that_cannot_go_on_is_refused(tmp_path, name, change, message):
+    file = golden_pth(name)[1]
+    vars(file.get("args", argparse.Namespace())).update(change)
+    torch.save(file, tmp_path / "a.pth")
+    with pytest.raises((CheckpointError, ValueError)) as error:
+        convert(tmp_path / "a.pth", tmp_path / "run", data="digits")
+    assert message in str(error.value)
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_run_of_fastmim_goes_to_the_authors_and_on(tmp_path):
+    write_images(tmp_path / "photos", 16, size=32)
+    recipe = recipe_from_dict(
+        dict(model="golden_tiny", batch_size=8, epochs=3, warmup_epochs=1, base_lr=1e-2)
+    )
+    config = Pretrain(
+        "mae",
+        data=Data(str(tmp_path / "photos")),
+        recipe=recipe,
+        eval=Evaluation(knn_at_end=False),
+        output=Output(folder=tmp_path, name="run", pictures=0),
+        stop_after=4,
+    )
+    trainer = Trainer(config)
+    trainer.run()
+    convert(tmp_path / "run", tmp_path / "checkpoint-1.pth", to="authors")
+    file = load_pth(tmp_path / "checkpoint-1.pth")
+    assert_equal(file["model"], trainer.method.student.state_dict())
+    assert (list(file), file["epoch"]) == (["model", "optimizer", "epoch", "args"], 1)
+    again, written = convert(
+        tmp_path / "checkpoint-1.pth", tmp_path / "again", data=str(tmp_path / "photos")
+    )
+    config = yaml.safe_load(written[0].read_text())
+    assert recipe_from_dict({**config["recipe"], "img_size": None}) == recipe
+    assert (again.model, again.norm_pix_loss) == ("golden_tiny", True)
+    # As the authors' scripts resume: the same groups in torch's AdamW.
+    model = models_mae.MaskedAutoencoderViT(**TINY)
+    model.load_state_dict(file["model"])
+    groups = [
+        {k: v for k, v in g.items() if k != "names"}
+        for g in param_groups(model.named_parameters(), 0.05)
+    ]
+    optimizer = torch.optim.AdamW(groups, lr=1.0, betas=(0.9, 0.95))
+    optimizer.load_state_dict(file["optimizer"])
+    by_name = dict(model.named_parameters())
+    for name, moments in trainer.engine.optimizer.state_dict().items():
+        if name.startswith("exp_avg_sq."):
+            state = optimizer.state[by_name[name.removeprefix("exp_avg_sq.")]]
+            accuracy.exact(state["exp_avg_sq"], moments)
+            assert state["step"] == 4
+
+
+@recorded
+@pytest.mark.parametrize(("change", "message"), [
+    (lambda o: o["param_groups"][0]["params"].pop(), "groups of 30 and 17 parameters, expected 31"),
+    (lambda o: o["state"].pop(3), "two moments for each parameter; KeyError: 3"),
+    (lambda o: o["state"][0].pop("exp_avg"), "KeyError: 'exp_avg'"),
+    (lambda o: o["state"][0].update(exp_avg=torch.zeros(5)), "exp_avg of parameter 0 is (5,)"),
+    (lambda o: o["state"][0].update(step=9), "expected one step count, got [2, 9]"),
+    (lambda o: o.pop("state"), "KeyError: 'state'"),
+])  # fmt: skip
+def test_an_optimizer_that_does_not_fit_is_refused(tmp_path, change, message):
+    file = golden_pth("mae/checkpoint-0")[1]
+    change(file["optimizer"])
+    torch.save(file, tmp_path / "a.pth")
+    with pytest.raises(CheckpointError) as error:
+        convert(tmp_path / "a.pth", tmp_path / "run")
+    assert message in str(error.value)
+    convert(tmp_path / "a.pth", tmp_path / "a.safetensors")  # the weights are still whole
+
+
+# --- Hugging Face ---
+
+
+def transformers_5(state: dict) -> dict:
+    """Names in memory since version 5; ViTMAE's decoder as that saves it."""
+    words = {
+        "attention.attention.query": "attention.q_proj",
+        "attention.attention.key": "attention.k_proj",
+        "attention.attention.value": "attention.v_proj",
+        "attention.output.dense": "attention.o_proj",
+        "intermediate.dense": "mlp.fc1",
+        "output.dense": "mlp.fc2",
+        "vit.encoder.layer": "vit.layers",
+        "decoder.decoder_layers": "decoder.decoder_encoder.layer",
+    }
+    renamed = {}
+    for name, tensor in state.items():
+        for old, new in words.items():
+            name = name.replace(old, new)
+        renamed[name] = tensor
+    return renamed
+
+
+@pytest.mark.parametrize("rename", [dict, transformers_5])
+def test_hugging_face_goes_out_and_in(tmp_path, rename):
+    state = create_model("golden_tiny").state_dict()
+    torch.save({"model": state}, tmp_path / "mae_visualize_vit_tiny.pth")
+    convert(tmp_path / "mae_visualize_vit_tiny.pth", tmp_path / "hf", to="hf")
+    config = json.loads((tmp_path / "hf" / "config.json").read_text())
+    assert config["architectures"] == ["ViTMAEForPreTraining"]
+    assert (config["image_size"], config["num_attention_heads"]) == (32, 1)
+    assert (config["norm_pix_loss"], config["layer_norm_eps"]) == (False, 1e-6)
+    weights = load_file(tmp_path / "hf" / "model.safetensors")
+    query = weights["vit.encoder.layer.1.attention.attention.query.weight"]
+    accuracy.exact(query, state["blocks.1.attn.qkv.weight"][:32])
+    save_file(rename(weights), tmp_path / "hf" / "model.safetensors")
+    back, found = load_weights(tmp_path / "hf")
+    assert_equal(back, dict(state))
+    assert (found.layout, found.method, found.num_heads) == ("Hugging Face ViTMAE", "mae", 1)
+
+
+def test_a_bare_vit_of_hugging_face_loses_its_pooler_only_when_told(tmp_path):
+    state = vit()
+    theirs = {name.removeprefix("vit."): tensor for name, tensor in to_hf(state).items()}
+    theirs |= {"pooler.dense.weight": torch.zeros(32, 32), "pooler.dense.bias": torch.zeros(32)}
+    (tmp_path / "hf").mkdir()
+    save_file(theirs, tmp_path / "hf" / "model.safetensors")
+    (tmp_path / "hf" / "config.json").write_text('{"layer_norm_eps": 1e-12}')
+    with pytest.raises(CheckpointError, match=r"2 unexpected: vit\.pooler\.dense\."):
+        load_weights(tmp_path / "hf")
+    got, found = load_weights(tmp_path / "hf", partial=True)
+    assert_equal(got, state)
+    assert len(found.unexpected) == 2
+    assert any("layer_norm_eps 1e-12" in note for note in found.notes)
+
+
+def test_a_query_without_its_key_is_listed(tmp_path):
+    theirs = to_hf(vit())
+    del theirs["vit.encoder.layer.0.attention.attention.key.weight"]
+    torch.save(theirs, tmp_path / "hf.bin")
+    with pytest.raises(CheckpointError) as error:
+        load_weights(tmp_path / "hf.bin")
+    assert "1 missing: blocks.0.attn.qkv.weight; 2 unexpected: vit.encoder" in str(error.value)
+
+
+# --- position tables ---
+
+
+@pytest.mark.parametrize("case", ["random.d64.g4to4", "random.d64.g4to6", "random.d96.g6to4",
+                                  "sincos.d64.g4to6", "sincos.d96.g6to4"])  # fmt: skip
+def test_tables_are_resampled_as_recorded(golden_file, case):
+    tables = golden_file("pos_embed")
+    old, new = (int(side) for side in case.rpartition("g")[2].split("to"))
+    got = resize_positions(tables[f"interp.{case}.in"], (old, old), (new, new))
+    accuracy.golden(got, tables[f"interp.{case}.out"])
+
+
+@pytest.mark.parametrize("size", [48, (32, 64)])
+def test_tables_for_another_size(tmp_path, size):
+    model = create_model("golden_tiny")
+    torch.save(model.state_dict(), tmp_path / "a.pth")
+    larger = create_model("golden_tiny", img_size=size)
+    load_into(larger, tmp_path / "a.pth", img_size=size)
+    want = resize_positions(model.pos_embed, (4, 4), larger.grid_size)
+    accuracy.exact(larger.pos_embed, want)
+    state, found = load_weights(tmp_path / "a.pth", img_size=size, sincos=True)
+    fixed = create_model("golden_tiny", img_size=size)
+    accuracy.exact(state["pos_embed"], fixed.pos_embed)
+    accuracy.exact(state["decoder_pos_embed"], fixed.decoder_pos_embed)
+    assert found.img_size == larger.patch_embed.img_size
+
+
+def test_learnt_tables_are_not_thrown_away(tmp_path):
+    torch.save(vit(), tmp_path / "a.pth")
+    with pytest.raises(ValueError, match="pos_embed is learnt"):
+        load_weights(tmp_path / "a.pth", img_size=48, sincos=True)
+    with pytest.raises(ValueError, match="multiple of the patch size 8, got 50 x 50"):
+        load_weights(tmp_path / "a.pth", img_size=50)
+    torch.save(vit(tokens=16), tmp_path / "b.pth")
+    with pytest.raises(ValueError, match="nothing says of which grid"):
+        load_weights(tmp_path / "b.pth", img_size=48)
+
+
+# --- into a model ---
+
+
+def test_an_encoder_is_loaded_into_an_autoencoder_only_when_told(tmp_path):
+    torch.save({"model": vit()}, tmp_path / "a.pth")
+    model = create_model("golden_tiny")
+    before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    with pytest.raises(CheckpointError, match="20 missing: mask_token, decoder_pos_embed"):
+        load_into(model, tmp_path / "a.pth")
+    assert_equal(dict(model.state_dict()), before)
+    found = load_into(model, tmp_path / "a.pth", partial=True)
+    assert len(found.missing) == 20
+    for name, tensor in load_weights(tmp_path / "a.pth")[0].items():
+        accuracy.exact(model.state_dict()[name], tensor)
+
+
+def test_encoder_only(tmp_path):
+    torch.save(create_model("golden_tiny").state_dict(), tmp_path / "a.pth")
+    state, found = load_weights(tmp_path / "a.pth", encoder_only=True)
+    assert list(state) == list(vit())
+    assert found.parameters == sum(tensor.numel() for tensor in state.values())
+    torch.save(vit(kind="classifier", num_classes=7, pool="mean"), tmp_path / "b.pth")
+    with pytest.raises(ValueError, match="no encoder norm"):
+        load_weights(tmp_path / "b.pth", encoder_only=True)
