@@ -228,3 +228,34 @@ def test_commands_know_methods_that_predict_features(tmp_path, method, capsys):
         assert name in printed
     assert main(["visualize", run]) == 2
     assert "not pixels; there is no picture of these" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("method", ["rc_mae", "dbot", "sdae"])
+@pytest.mark.parametrize("schedule", ["cosine", "official"])
+def test_teacher_may_see_all_micro_batches_at_once(method, schedule):
+    def run(once):
+        made = engine(method, momentum_schedule=schedule)
+        options = dict(precision="fp32", steps_per_epoch=4, teacher_once=once)
+        made = Engine(made.method, made.recipe, **options)
+        return [made.run_step(i, batches(i, 4), 4).losses["loss"] for i in range(6)]
+
+    if schedule == "official" and method == "rc_mae":
+        with pytest.raises(ValueError, match="teacher moves after every micro-batch"):
+            run(True)
+    else:
+        accuracy.run(run(True), run(False), torch.float32)
+
+
+@pytest.mark.parametrize("method", ["rc_mae", "dbot", "sdae"])
+def test_teacher_in_bf16_changes_rounding_only(method, tmp_path):
+    losses = []
+    for precision in ("same", "bf16"):
+        efficiency = {"precision": "fp32", "teacher_precision": precision, "micro_batch": 64}
+        efficiency["teacher_once"] = precision == "bf16"
+        Trainer(pretrain(tmp_path / precision, method=method, efficiency=efficiency)).run()
+        lines = metrics(tmp_path / precision / "run")
+        losses.append([line["loss"] for line in lines])
+        written = (tmp_path / precision / "run" / "metrics.jsonl").read_text().splitlines()
+        assert all(0 < json.loads(line)["teacher_time"] < 1 for line in written)
+    assert losses[0] != losses[1]
+    accuracy.run(*losses, torch.bfloat16)

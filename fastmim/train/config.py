@@ -164,6 +164,9 @@ class Efficiency:
         precision: Of matrix products. bf16: autocast, with float32 weights, teacher, residual
             stream and losses. auto: bf16 where the processor computes it natively and the model is
             wide enough to gain, else fp32.
+        teacher_precision: Of the teacher's products, which have no gradient. same: as precision.
+        teacher_once: Let the teacher see all micro-batches of a step at once: fewer, larger
+            products, and memory for the features of the whole step.
         workers: Processes that load images; 0: the training process does.
         threads: CPU threads of the training process. Default: torch's.
         device: auto: a GPU if there is one, else the CPU.
@@ -171,6 +174,8 @@ class Efficiency:
 
     micro_batch: int | None = None
     precision: Literal["auto", "fp32", "bf16"] = "auto"
+    teacher_precision: Literal["same", "fp32", "bf16"] = "same"
+    teacher_once: bool = False
     workers: int = 0
     threads: int | None = None
     device: str = "auto"
