@@ -19,6 +19,7 @@ SHAPES = {
     "tiny32": ("mae_vit_micro_patch4", 64),
     "small224": ("mae_vit_small_patch16_dec512d8b", 8),
 }
+COMPARED = ("rc_mae", "mae")  # the methods that the peers know
 _SMOKE_BATCH = 8
 _CHECKED_IMAGES = 2
 # Relative error (Euclidean norm) of the loss and of every gradient tensor against plain PyTorch in

@@ -13,7 +13,7 @@ from fastmim.train.build import build_method, restore_run
 from fastmim.train.checkpoint import CheckpointError
 from tests import accuracy
 from tests.test_train_engine import batches, engine, everything
-from tests.training import metrics, pretrain, recipe, saved_bytes
+from tests.training import arguments, metrics, pretrain, recipe, saved_bytes
 
 SCHEDULES = json.loads((Path(__file__).parent / "golden" / "schedules.json").read_text())
 # Three stages of 7, 7 and 14 steps with 256 of the 1797 digits each.
@@ -259,3 +259,23 @@ def test_teacher_in_bf16_changes_rounding_only(method, tmp_path):
         assert all(0 < json.loads(line)["teacher_time"] < 1 for line in written)
     assert losses[0] != losses[1]
     accuracy.run(*losses, torch.bfloat16)
+
+
+@pytest.mark.parametrize("method", ["dbot", "sdae"])
+def test_loss_falls_on_real_images(tmp_path, method, capsys):
+    config = pretrain(tmp_path, method=method)
+    Trainer(config).run()
+    losses = [line["loss"] for line in metrics(tmp_path / "run")]
+    assert losses[-1] < losses[1] < losses[0]
+    assert (tmp_path / "run" / "loss.png").is_file()
+    assert not (tmp_path / "run" / "reconstruction.png").exists()
+    assert "warning" not in capsys.readouterr().err
+
+
+def test_stages_on_the_command_line_and_in_the_file_of_the_run(tmp_path):
+    options = ["--method=dbot", "--recipe.stage_epochs=[0,2,4]", "--recipe.stage_depths=[1,2]"]
+    assert main(arguments(tmp_path / "a", *options)) == 0
+    assert main(arguments(tmp_path / "b", *options, "--stop_after=15")) == 0
+    assert main(["pretrain", "--config", str(tmp_path / "b" / "run" / "config.yaml")]) == 0
+    assert_same_run(tmp_path / "b" / "run", tmp_path / "a" / "run")
+    assert restore_run(tmp_path / "a" / "run")[1].stage == 1

@@ -18,7 +18,7 @@ class Recipe:
         model: Name for fastmim.create_model, such as rc_vit_base_patch16.
         img_size: Height and width of the training crops in pixels, or one number. Default: that
             of the model.
-        norm_pix: Normalise the pixels of each target patch.
+        norm_pix: Normalise the pixels of each target patch (MAE, RC-MAE).
         mask_ratio: Fraction of patches removed, in (0, 1).
         epochs: Passes over the data set.
         warmup_epochs: Linear warm-up of the learning rate.
@@ -286,7 +286,7 @@ class Pretrain:
     """Pre-train a Vision Transformer by masked image modelling.
 
     Args:
-        method: rc_mae or mae.
+        method: rc_mae, mae, dbot or sdae.
         preset: Named recipe that the other options start from; see fastmim presets.
         resume: auto: go on with the run folder if it holds an unfinished run. never: start anew in
             a folder of its own.
