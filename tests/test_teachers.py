@@ -97,7 +97,8 @@ def test_width_of_the_teacher_needs_projection(tmp_path):
     path = saved_run(tmp_path / "larger")
     method = DBOT(of_digits(), teachers=[load_teacher(path, of_digits())])
     assert method.student.head.out_features == 48
-    chosen = recipe(teachers=(str(path),), projection=False)
+    later = dict(stage_epochs=(0, 2, 4), teachers=("own", str(path)))
+    chosen = recipe(**later, projection=False)
     with pytest.raises(ValueError, match=r"gives 48 features, the student predicts 32; allow proj"):
         Trainer(pretrain(tmp_path, method="dbot", recipe=chosen))
     DBOT(of_digits(target_dim=48), teachers=[load_teacher(path, of_digits())], projection=False)
