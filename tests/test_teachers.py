@@ -93,6 +93,17 @@ def test_stages_mix_teachers_and_resume_exactly(tmp_path):
     assert_same_run(tmp_path / "b" / "run", tmp_path / "a" / "run")
 
 
+def test_run_does_not_go_on_with_a_teacher_that_has_changed(tmp_path):
+    path = saved_run(tmp_path / "larger")
+    later = recipe(stage_epochs=(0, 2, 4), teachers=("own", str(path)))
+    Trainer(pretrain(tmp_path, method="dbot", recipe=later, stop_after=1)).run()
+    Trainer(pretrain(tmp_path, method="dbot", recipe=later))
+    trained = recipe(model="nano_wide")
+    Trainer(pretrain(tmp_path / "larger", recipe=trained, stop_after=3)).run()
+    with pytest.raises(CheckpointError, match=r"differ in\n  teachers: checkpoint \['own', "):
+        Trainer(pretrain(tmp_path, method="dbot", recipe=later))
+
+
 def test_width_of_the_teacher_needs_projection(tmp_path):
     path = saved_run(tmp_path / "larger")
     method = DBOT(of_digits(), teachers=[load_teacher(path, of_digits())])

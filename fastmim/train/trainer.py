@@ -22,6 +22,7 @@ from fastmim.train.build import (
     load_parts,
     networks,
     run_identity,
+    teacher_identity,
 )
 from fastmim.train.checkpoint import Checkpoint, CheckpointError, CheckpointWriteError
 from fastmim.train.config import Pretrain, to_dict
@@ -83,6 +84,8 @@ class Trainer:
         self.precision = resolve_precision(efficiency.precision, self.device, autoencoder.embed_dim)
         self.method = build_method(config.method, recipe, autoencoder).to(self.device)
         self.identity = run_identity(config.method, to_dict(recipe), self.source)
+        if self.method.has_stages and recipe.teachers:
+            self.identity["teachers"] = teacher_identity(recipe.teachers)
         self.loader = PretrainLoader(
             self.source,
             batch_size=recipe.batch_size,
