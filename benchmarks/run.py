@@ -21,7 +21,6 @@ import torch
 from stages import run_stages
 
 from fastmim.info import report
-from fastmim.methods import METHODS
 from fastmim.ops import OPS
 from fastmim.train.engine import resolve_device
 
@@ -155,7 +154,7 @@ def _parse() -> argparse.Namespace:
     several("--suite", suites, list(_SUITES), f"suites; default: all but {gpu_check.NAME}")
     several("--shape", known_shapes, None, "shapes; default: those made for the device, see --list")
     several("--op", list(OPS), None, "operators of suite ops; default: all")
-    several("--method", list(METHODS), ["rc_mae", "mae"], "methods of the step")
+    several("--method", list(steps.COMPARED), list(steps.COMPARED), "methods of the step")
     several("--dtype", ["fp32", "bf16"], ["fp32", "bf16"], "precisions of the step")
     parser.add_argument("--images", choices=["uint8", "float"], default="uint8", help="of the step")
     parser.add_argument("--rounds", type=int, help="blocks of each program; default: 10")
@@ -219,7 +218,7 @@ def _rows(options: argparse.Namespace, device: torch.device) -> Iterator[dict]:
 
 
 def _print_list() -> None:
-    print(f"suite step   methods {','.join(METHODS)}   programs {','.join(steps.PROGRAMS)}")
+    print(f"suite step   methods {','.join(steps.COMPARED)}   programs {','.join(steps.PROGRAMS)}")
     for name, (model, batch) in steps.SHAPES.items():
         print(f"  {name:10} {model}, batch {batch}")
     print("suite ops    operators of fastmim.ops   programs torch, compiled and every backend")

@@ -22,6 +22,7 @@ SHAPES = {
     "large224": ("mae_vit_large_patch16", 64),
 }
 DEFAULT = {"cpu": ["tiny32", "small224"], "cuda": ["base224", "large224"]}
+COMPARED = ("rc_mae", "mae")  # the methods that the peers know
 _SMOKE_BATCH = 8
 _CHECKED_IMAGES = 2
 # Relative error (Euclidean norm) of the loss and of every gradient tensor against plain PyTorch in

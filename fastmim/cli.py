@@ -45,6 +45,8 @@ examples:
   fastmim pretrain                                                 the embedded digits
   fastmim pretrain --preset small32 --data.path cifar10.parquet
   fastmim pretrain --preset tiny224 --data.path photos/ --method mae --recipe.epochs 50
+  fastmim pretrain --method dbot --recipe.stage_epochs '[0,10,20]'   two stages
+  fastmim pretrain --method sdae --recipe.momentum 0.9
   fastmim pretrain --preset small32 --print_config > my.yaml       every option, to edit
   fastmim pretrain --config my.yaml
   fastmim pretrain --config runs/small32-rc_mae/config.yaml        go on with that run

@@ -12,6 +12,7 @@ from fastmim.ops import (
     num_keep,
     reference,
     sample_masks,
+    sample_uniforms,
     use_backend,
 )
 from tests import accuracy
@@ -195,3 +196,22 @@ def test_keeping_all_or_none_is_refused(kept):
 def test_wrong_input_is_named(call, message):
     with pytest.raises(ValueError, match=message):
         call()
+
+
+def test_uniform_numbers_depend_on_seed_epoch_and_sample_only():
+    ids = torch.tensor([3, 2**40, 7])
+    drawn = sample_uniforms(5, 2, ids, 10)
+    assert (drawn.shape, drawn.dtype) == ((3, 10), torch.float32)
+    accuracy.exact(sample_uniforms(5, 2, ids.flip(0), 10).flip(0), drawn)
+    accuracy.exact(sample_uniforms(5, 2, ids, 7), drawn[:, :7])
+    for other in (sample_uniforms(6, 2, ids, 10), sample_uniforms(5, 3, ids, 10)):
+        assert not (other == drawn).any()
+    many = sample_uniforms(0, 0, torch.arange(20000), 3)
+    assert ((many >= 0) & (many < 1)).all()
+    accuracy.sampled(many, torch.full((3,), 0.5))
+    accuracy.sampled(many.square(), torch.full((3,), 1 / 3))
+    masks = sample_masks(0, 0, torch.arange(20000), 4, 1)  # of the same counter words but one
+    first = many[masks.ids_keep[:, 0] == 0]
+    accuracy.sampled(first, torch.full((3,), 0.5))
+    with pytest.raises(ValueError, match="sample_uniforms: expected sample_ids"):
+        sample_uniforms(0, 0, torch.zeros(2, 2), 3)

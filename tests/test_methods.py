@@ -5,7 +5,7 @@ import copy
 import pytest
 import torch
 
-from fastmim import MAE, METHODS, RCMAE, create_model
+from fastmim import MAE, METHODS, RCMAE, SdAE, create_model
 from fastmim.methods import Clock, cosine_momentum
 from fastmim.ops import num_keep
 from tests import accuracy
@@ -100,6 +100,81 @@ def test_gradient_flows_through_the_student_only(imgs):
     assert all(p.grad is not None for p in method.student.parameters() if p.requires_grad)
     assert all(p.grad is None for p in method.teacher.parameters())
     assert not method.teacher.module.training
+
+
+@pytest.mark.parametrize("name", METHODS)
+def test_images_of_any_shape_and_channels(name):
+    options = METHODS[name].student_options(0.3)
+    method = METHODS[name](micro(img_size=(16, 32), in_chans=5, **options))
+    losses = method(torch.randn(2, 5, 16, 32))
+    losses.total.backward()
+    assert losses.total.isfinite()
+    assert all(p.grad is not None for p in method.student.parameters() if p.requires_grad)
+    if method.teacher is not None:
+        assert all(p.grad is None for p in method.teacher.parameters())
+        assert not method.train().teacher.module.training
+
+
+@pytest.mark.parametrize("folds", [-1, 5, 7, 49])
+def test_folds_that_do_not_divide_the_masked_patches_are_refused(folds):
+    with pytest.raises(ValueError, match=rf"SdAE: {folds} folds do not divide 48 .* 1, 2, 3, 4, 6"):
+        build("sdae", folds=folds)
+
+
+@pytest.mark.parametrize("folds", [0, 1, 2, 3, 48])
+def test_patches_of_a_fold_see_no_other_fold(folds, imgs):
+    method = build("sdae", folds=folds)
+    masks = method.masks_for(imgs)
+    target = method.teach(imgs, masks)
+    assert target.shape == ((2 * folds, 48 // folds, 64) if folds else (2, 64, 64))
+    y, x = divmod(int(masks.ids_masked[0, 0]), 8)  # of the first image, in its first fold
+    changed = imgs.clone()
+    changed[0, :, 4 * y : 4 * y + 4, 4 * x : 4 * x + 4] += 1.0
+    moved = (method.teach(changed, masks) != target).any(dim=2).any(dim=1)
+    assert moved.tolist() == [True] + [False] * (len(target) - 1)
+
+
+@pytest.mark.parametrize("name", ["momentum", "momentum_end"])
+def test_sdae_momentum_outside_the_unit_interval_is_refused(name):
+    with pytest.raises(ValueError, match=rf"SdAE: expected {name} in \[0, 1\], got 1.5"):
+        build("sdae", **{name: 1.5})
+
+
+def test_sdae_teacher_starts_from_its_own_weights_or_from_the_students():
+    student = micro(target="features")
+    own = SdAE(student).teacher.module
+    assert not torch.equal(own.pos_embed, student.pos_embed)
+    again, other = (SdAE(student, seed=seed).teacher.module.pos_embed for seed in (0, 1))
+    accuracy.exact(again, own.pos_embed)
+    assert not torch.equal(other, own.pos_embed)
+    copied = SdAE(student, teacher_init="student").teacher
+    assert all(torch.equal(mine, theirs) for mine, theirs in copied.pairs(student).values())
+    with pytest.raises(ValueError, match=r"differ in \d+ parameters: pos_embed"):
+        copied.pairs(micro(target="features", patch_size=8))
+
+
+def test_dbot_student_of_another_depth_than_its_first_stage_is_refused():
+    with pytest.raises(ValueError, match=r"expected a student of stage_depths\[0\] = 3 blocks"):
+        build("dbot", stage_depths=(3, 2))
+
+
+def test_stochastic_depth_needs_training_mode_and_fitting_draws(imgs):
+    model = micro(drop_path=0.5, decoder_drop_path=0.5)
+    masks = model.random_masks(2, 0.75, imgs.device)
+    assert model.num_draws == 4  # two blocks each, the first with rate 0
+    first, second = (model.predict(imgs, masks, draws=torch.full((2, 4), u)) for u in (0.4, 0.6))
+    assert not torch.equal(first, second)
+    torch.manual_seed(3)
+    drawn = model.predict(imgs, masks)
+    torch.manual_seed(3)
+    accuracy.exact(model.predict(imgs, masks), drawn)
+    with pytest.raises(ValueError, match=r"expected draws \(B, 4\), got \(2, 3\)"):
+        model.predict(imgs, masks, draws=torch.rand(2, 3))
+    plain = micro()
+    plain.load_state_dict(model.state_dict())
+    accuracy.exact(model.eval().predict(imgs, masks), plain.predict(imgs, masks))
+    with pytest.raises(ValueError, match=r"drop_path: expected a rate in \[0, 1\), got 1.0"):
+        micro(drop_path=1.0)
 
 
 def test_update_teacher_follows_the_student(imgs):

@@ -13,7 +13,7 @@ from fastmim.train.build import build_method, restore_run
 from fastmim.train.checkpoint import CheckpointError
 from tests import accuracy
 from tests.test_train_engine import batches, engine, everything
-from tests.training import metrics, pretrain, recipe, saved_bytes
+from tests.training import arguments, metrics, pretrain, recipe, saved_bytes
 
 SCHEDULES = json.loads((Path(__file__).parent / "golden" / "schedules.json").read_text())
 # Three stages of 7, 7 and 14 steps with 256 of the 1797 digits each.
@@ -228,3 +228,54 @@ def test_commands_know_methods_that_predict_features(tmp_path, method, capsys):
         assert name in printed
     assert main(["visualize", run]) == 2
     assert "not pixels; there is no picture of these" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("method", ["rc_mae", "dbot", "sdae"])
+@pytest.mark.parametrize("schedule", ["cosine", "official"])
+def test_teacher_may_see_all_micro_batches_at_once(method, schedule):
+    def run(once):
+        made = engine(method, momentum_schedule=schedule)
+        options = dict(precision="fp32", steps_per_epoch=4, teacher_once=once)
+        made = Engine(made.method, made.recipe, **options)
+        return [made.run_step(i, batches(i, 4), 4).losses["loss"] for i in range(6)]
+
+    if schedule == "official" and method == "rc_mae":
+        with pytest.raises(ValueError, match="teacher moves after every micro-batch"):
+            run(True)
+    else:
+        accuracy.run(run(True), run(False), torch.float32)
+
+
+@pytest.mark.parametrize("method", ["rc_mae", "dbot", "sdae"])
+def test_teacher_in_bf16_changes_rounding_only(method, tmp_path):
+    losses = []
+    for precision in ("same", "bf16"):
+        efficiency = {"precision": "fp32", "teacher_precision": precision, "micro_batch": 64}
+        efficiency["teacher_once"] = precision == "bf16"
+        Trainer(pretrain(tmp_path / precision, method=method, efficiency=efficiency)).run()
+        lines = metrics(tmp_path / precision / "run")
+        losses.append([line["loss"] for line in lines])
+        written = (tmp_path / precision / "run" / "metrics.jsonl").read_text().splitlines()
+        assert all(0 < json.loads(line)["teacher_time"] < 1 for line in written)
+    assert losses[0] != losses[1]
+    accuracy.run(*losses, torch.bfloat16)
+
+
+@pytest.mark.parametrize("method", ["dbot", "sdae"])
+def test_loss_falls_on_real_images(tmp_path, method, capsys):
+    config = pretrain(tmp_path, method=method)
+    Trainer(config).run()
+    losses = [line["loss"] for line in metrics(tmp_path / "run")]
+    assert losses[-1] < losses[1] < losses[0]
+    assert (tmp_path / "run" / "loss.png").is_file()
+    assert not (tmp_path / "run" / "reconstruction.png").exists()
+    assert "warning" not in capsys.readouterr().err
+
+
+def test_stages_on_the_command_line_and_in_the_file_of_the_run(tmp_path):
+    options = ["--method=dbot", "--recipe.stage_epochs=[0,2,4]", "--recipe.stage_depths=[1,2]"]
+    assert main(arguments(tmp_path / "a", *options)) == 0
+    assert main(arguments(tmp_path / "b", *options, "--stop_after=15")) == 0
+    assert main(["pretrain", "--config", str(tmp_path / "b" / "run" / "config.yaml")]) == 0
+    assert_same_run(tmp_path / "b" / "run", tmp_path / "a" / "run")
+    assert restore_run(tmp_path / "a" / "run")[1].stage == 1

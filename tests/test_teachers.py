@@ -93,11 +93,23 @@ def test_stages_mix_teachers_and_resume_exactly(tmp_path):
     assert_same_run(tmp_path / "b" / "run", tmp_path / "a" / "run")
 
 
+def test_run_does_not_go_on_with_a_teacher_that_has_changed(tmp_path):
+    path = saved_run(tmp_path / "larger")
+    later = recipe(stage_epochs=(0, 2, 4), teachers=("own", str(path)))
+    Trainer(pretrain(tmp_path, method="dbot", recipe=later, stop_after=1)).run()
+    Trainer(pretrain(tmp_path, method="dbot", recipe=later))
+    trained = recipe(model="nano_wide")
+    Trainer(pretrain(tmp_path / "larger", recipe=trained, stop_after=3)).run()
+    with pytest.raises(CheckpointError, match=r"differ in\n  teachers: checkpoint \['own', "):
+        Trainer(pretrain(tmp_path, method="dbot", recipe=later))
+
+
 def test_width_of_the_teacher_needs_projection(tmp_path):
     path = saved_run(tmp_path / "larger")
     method = DBOT(of_digits(), teachers=[load_teacher(path, of_digits())])
     assert method.student.head.out_features == 48
-    chosen = recipe(teachers=(str(path),), projection=False)
+    later = dict(stage_epochs=(0, 2, 4), teachers=("own", str(path)))
+    chosen = recipe(**later, projection=False)
     with pytest.raises(ValueError, match=r"gives 48 features, the student predicts 32; allow proj"):
         Trainer(pretrain(tmp_path, method="dbot", recipe=chosen))
     DBOT(of_digits(target_dim=48), teachers=[load_teacher(path, of_digits())], projection=False)

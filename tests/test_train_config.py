@@ -41,7 +41,7 @@ REFUSED = [
     }),
     (Efficiency, "efficiency.", {
         "micro_batch": [0], "workers": [-1], "threads": [0], "precision": ["fp16"],
-        "memory": ["small"], "residual": ["fp16"],
+        "teacher_precision": ["fp16"], "memory": ["small"], "residual": ["fp16"],
     }),
     (Data, "data.", {"max_bad_fraction": [-0.1, 1.1, math.nan]}),
     (Evaluation, "eval.", {
@@ -72,7 +72,7 @@ def test_value_out_of_range_is_refused_by_name(group, option, name, value):
 def test_every_number_has_a_rule():
     """Of the options that are not names, only these take any value."""
     free = {"norm_pix", "img_size", "crop_scale", "crop_aspect", "hflip", "knn_at_end"}
-    free |= {"stage_carry", "projection"}
+    free |= {"stage_carry", "projection", "teacher_once"}
     words = {"str", "str | None", "Path"}
     for group, _, options in REFUSED:
         for field in dataclasses.fields(group):

@@ -73,6 +73,7 @@ def test_line_holds_means_over_the_steps_since_the_last(path):
         "skipped_steps": 0,
         "images_per_second": 16.0,
         "data_wait": 0.2,
+        "teacher_time": 0.0,
         "peak_memory_gib": pytest.approx(memory_gib(CPU)[1], rel=0.5),
         "seconds": 2.0,
     }

@@ -96,7 +96,8 @@ def test_run_leaves_checkpoints_metrics_config_and_pictures(tmp_path, capsys):
     assert lines[-1]["epoch"] == 4
     assert lines[-1].keys() == {
         "step", "epoch", "loss", "pixel", "consistency", "lr", "momentum", "grad_norm",
-        "skipped_steps", "images_per_second", "data_wait", "peak_memory_gib", "seconds",
+        "skipped_steps", "images_per_second", "data_wait", "teacher_time", "peak_memory_gib",
+        "seconds",
     }  # fmt: skip
     printed = capsys.readouterr().err
     assert "28 steps of 256 images (4 epochs)" in printed

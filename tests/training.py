@@ -33,7 +33,8 @@ MODELS["nano"] = dict(
     decoder_num_heads=2,
 )
 MODELS["nano_deep"] = {**MODELS["nano"], "depth": 3, "decoder_depth": 2}
-TIMES = ("images_per_second", "data_wait", "peak_memory_gib", "seconds")  # of metrics.jsonl
+# Fields of metrics.jsonl that depend on the clock.
+TIMES = ("images_per_second", "data_wait", "teacher_time", "peak_memory_gib", "seconds")
 
 
 def recipe(**changes) -> Recipe:

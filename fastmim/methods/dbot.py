@@ -75,6 +75,8 @@ class DBOT(Method):
         self.seed = seed
         self._teachers = tuple(teachers)  # a tuple hides them: only the current one is registered
         self.stage = 0
+        for teacher in filter(None, teachers):  # those of later stages too: before any training
+            self._projects(teacher, autoencoder)
         self._set_teacher(self._given(0) or self._copy(self.teacher_depth))
         self._fit_head(self.student)
 
@@ -148,21 +150,27 @@ class DBOT(Method):
         weight = self.student.patch_embed.proj.weight
         self.teacher = teacher.to(weight.device)
 
-    @torch.no_grad()
     def _fit_head(self, student: MaskedAutoencoder) -> None:
         """Let the student predict as many features as the teacher gives."""
-        embed = self.student.patch_embed
-        imgs = embed.proj.weight.new_zeros(1, embed.in_chans, *embed.img_size)
-        width = self.teach(imgs, None).shape[-1]
-        if width != student.head.out_features:
-            if not self.projection:
-                raise ValueError(
-                    f"DBOT: the teacher of stage {self.stage} gives {width} features, the student "
-                    f"predicts {student.head.out_features}; allow projection, or create the "
-                    f"student with target_dim={width}"
-                )
+        width = self._projects(self.teacher, student)
+        if width is not None:
             with self._seeded("head"):
                 student.resize_head(width)
+
+    @torch.no_grad()
+    def _projects(self, teacher: FrozenTeacher, student: MaskedAutoencoder) -> int | None:
+        """The width of a teacher if it is not that of the student's head; tries it on an image."""
+        embed = self.student.patch_embed
+        imgs = embed.proj.weight.new_zeros(1, embed.in_chans, *embed.img_size)
+        width, predicted = teacher(imgs, self.student).shape[-1], student.head.out_features
+        if width == predicted:
+            return None
+        if not self.projection:
+            raise ValueError(
+                f"DBOT: a teacher gives {width} features, the student predicts {predicted}; allow "
+                f"projection, or create the student with target_dim={width}"
+            )
+        return width
 
     @contextmanager
     def _seeded(self, purpose: str) -> Iterator[None]:

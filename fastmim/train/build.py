@@ -190,6 +190,22 @@ def load_teacher(path: str | Path, student: Encoder) -> FrozenTeacher:
     return FrozenTeacher(encoder, img_size=size)
 
 
+def teacher_identity(paths: tuple[str, ...]) -> list[str]:
+    """What tells the teachers of :class:`Recipe` from others at the same paths.
+
+    Args:
+        paths: As ``Recipe.teachers`` has them.
+    """
+    return [
+        path
+        if path == OWN_TEACHER
+        else hashlib.sha256(
+            (_checkpoint_at(path).path / "manifest.json").read_bytes()  # holds sums of the weights
+        ).hexdigest()[:16]
+        for path in paths
+    ]
+
+
 def restore_run(path: str | Path) -> tuple[Checkpoint, Method]:
     """The method of a saved run with its newest valid weights.
 

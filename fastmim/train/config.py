@@ -18,7 +18,7 @@ class Recipe:
         model: Name for fastmim.create_model, such as rc_vit_base_patch16.
         img_size: Height and width of the training crops in pixels, or one number. Default: that
             of the model.
-        norm_pix: Normalise the pixels of each target patch.
+        norm_pix: Normalise the pixels of each target patch (MAE, RC-MAE).
         mask_ratio: Fraction of patches removed, in (0, 1).
         epochs: Passes over the data set.
         warmup_epochs: Linear warm-up of the learning rate.
@@ -167,6 +167,9 @@ class Efficiency:
         memory: What blocks keep for the backward pass; the others compute it again, with the same
             result. See fastmim.nn.Block.
         residual: Precision of the residual stream; bf16 saves memory and changes rounding.
+        teacher_precision: Of the teacher's products, which have no gradient. same: as precision.
+        teacher_once: Let the teacher see all micro-batches of a step at once: fewer, larger
+            products, and memory for the features of the whole step.
         workers: Processes that load images; 0: the training process does.
         threads: CPU threads of the training process. Default: torch's.
         device: auto: a GPU if there is one, else the CPU.
@@ -176,6 +179,8 @@ class Efficiency:
     precision: Literal["auto", "fp32", "bf16"] = "auto"
     memory: Literal["standard", "lean", "recompute_mlp", "checkpoint"] = "standard"
     residual: Literal["fp32", "bf16"] = "fp32"
+    teacher_precision: Literal["same", "fp32", "bf16"] = "same"
+    teacher_once: bool = False
     workers: int = 0
     threads: int | None = None
     device: str = "auto"
@@ -286,7 +291,7 @@ class Pretrain:
     """Pre-train a Vision Transformer by masked image modelling.
 
     Args:
-        method: rc_mae or mae.
+        method: rc_mae, mae, dbot or sdae.
         preset: Named recipe that the other options start from; see fastmim presets.
         resume: auto: go on with the run folder if it holds an unfinished run. never: start anew in
             a folder of its own.

@@ -2,7 +2,8 @@
 
 import contextlib
 import math
-from collections.abc import Iterable
+import time
+from collections.abc import Iterable, Iterator
 from typing import NamedTuple, Protocol
 
 import torch
@@ -97,15 +98,36 @@ class Engine:
         recipe: Optimizer, schedules and masks.
         precision: fp32 or bf16.
         steps_per_epoch: Optimizer steps in a pass over the data.
+        teacher_precision: fp32 or bf16, of what the teacher computes. Default: ``precision``.
+        teacher_once: Let the teacher see all micro-batches of a step at once.
+
+    Attributes:
+        teacher_seconds: That the teacher has taken so far; on a GPU, of the GPU's time.
     """
 
     def __init__(
-        self, method: Method, recipe: Recipe, *, precision: str, steps_per_epoch: int
+        self,
+        method: Method,
+        recipe: Recipe,
+        *,
+        precision: str,
+        steps_per_epoch: int,
+        teacher_precision: str | None = None,
+        teacher_once: bool = False,
     ) -> None:
+        if teacher_once and method.teacher_follows == "micro_step":
+            raise ValueError(
+                "efficiency.teacher_once: this teacher moves after every micro-batch, so it cannot "
+                "see all of them at once; use recipe.momentum_schedule cosine"
+            )
         self.method = method
         self.recipe = recipe
         self.precision = precision
         self.steps_per_epoch = steps_per_epoch
+        self.teacher_precision = teacher_precision or precision
+        self.teacher_once = teacher_once
+        self.teacher_seconds = 0.0
+        self._teacher_events: list[tuple[torch.cuda.Event, torch.cuda.Event]] = []
         self.num_keep = num_keep(method.student.num_patches, recipe.mask_ratio)
         self.device = next(method.student.parameters()).device
         self._per_micro_step = method.teacher_follows == "micro_step"
@@ -174,12 +196,10 @@ class Engine:
         sums: dict[str, Tensor] = {}
         self.optimizer.zero_grad()
         before = self._copy_teacher() if self._per_micro_step and count > 1 else None
-        for i, batch in zip(range(count), batches, strict=True):
-            imgs = batch.imgs.to(self.device, non_blocking=True)
-            masks, draws = self.masks(batch), self.draws(batch)
-            with torch.no_grad(), self._autocast():
-                target = self.method.teach(imgs, masks)
-            with self._autocast():
+        for i, (imgs, masks, draws, target) in zip(
+            range(count), self._inputs(batches), strict=True
+        ):
+            with self._autocast(self.precision):
                 losses = self.method(imgs, masks, draws=draws, target=target)
             (losses.total / count).backward()
             for name, value in {"loss": losses.total.detach(), **losses.terms}.items():
@@ -194,6 +214,42 @@ class Engine:
         if self.method.teacher_follows == "epoch" and (step + 1) % self.steps_per_epoch == 0:
             self.method.teacher.update_(self.method.student, self.momentum_at(step, 0, 1))
         return result
+
+    def _inputs(self, batches: Iterable[MicroBatch]) -> Iterator[tuple]:
+        """Images, masks, draws and target of each micro-batch."""
+        prepared = (
+            (batch.imgs.to(self.device, non_blocking=True), self.masks(batch), self.draws(batch))
+            for batch in batches
+        )
+        if not self.teacher_once or self.method.teacher is None:
+            for imgs, masks, draws in prepared:
+                yield imgs, masks, draws, self._teach(imgs, masks)
+            return
+        parts = list(prepared)
+        shuffle, restore = (torch.cat([masks[i] for _, masks, _ in parts]) for i in range(2))
+        imgs = torch.cat([imgs for imgs, _, _ in parts])
+        target = self._teach(imgs, Masks(shuffle, restore, self.num_keep))
+        for part, rows in zip(parts, target.chunk(len(parts)), strict=True):
+            yield *part, rows
+
+    def _teach(self, imgs: Tensor, masks: Masks) -> Tensor | None:
+        """The teacher's part, without gradient, and how long it takes."""
+        if self.method.teacher is None:
+            return None
+        on_gpu = self.device.type == "cuda"
+        events = [torch.cuda.Event(enable_timing=True) for _ in range(2)] if on_gpu else []
+        begin = time.perf_counter()
+        for event in events[:1]:
+            event.record()
+        with torch.no_grad(), self._autocast(self.teacher_precision):
+            target = self.method.teach(imgs, masks)
+        for event in events[1:]:
+            event.record()
+        if on_gpu:
+            self._teacher_events.append(tuple(events))  # read when the GPU is waited for anyway
+        else:
+            self.teacher_seconds += time.perf_counter() - begin
+        return target
 
     def _update(self, step: int, count: int, sums: dict[str, Tensor]) -> StepResult:
         """AdamW on the gradients that are there, and the teacher's EMA in the same pass."""
@@ -213,6 +269,9 @@ class Engine:
         self.optimizer.zero_grad()
         # The only wait for the device, after all of the step is queued.
         grad_norm, *values = torch.stack([norm, *sums.values()]).tolist()
+        for begin, end in self._teacher_events:
+            self.teacher_seconds += begin.elapsed_time(end) / 1000
+        self._teacher_events.clear()
         losses = dict(zip(sums, values, strict=True))
         skipped = not (math.isfinite(losses["loss"]) and math.isfinite(grad_norm))
         return StepResult(losses, lr, momentum, grad_norm, skipped)
@@ -264,7 +323,7 @@ class Engine:
         for tensor, before in zip(state, tensors, strict=True):
             tensor.copy_(before)
 
-    def _autocast(self) -> contextlib.AbstractContextManager:
-        if self.precision == "fp32":
+    def _autocast(self, precision: str) -> contextlib.AbstractContextManager:
+        if precision == "fp32":
             return contextlib.nullcontext()
         return torch.autocast(self.device.type, torch.bfloat16)

@@ -118,13 +118,15 @@ class Window:
     skipped: int = 0
     seconds: float = 0.0
     wait: float = 0.0
+    taught: float = 0.0
     losses: dict[str, float] = field(default_factory=dict)  # over the steps that were not skipped
 
-    def add(self, result: StepResult, seconds: float, wait: float) -> None:
+    def add(self, result: StepResult, seconds: float, wait: float, taught: float) -> None:
         self.steps += 1
         self.skipped += result.skipped
         self.seconds += seconds
         self.wait += wait
+        self.taught += taught
         for name, value in result.losses.items():
             self.losses.setdefault(name, 0.0)
             if not result.skipped:
@@ -179,7 +181,9 @@ class RunLog:
             self._live = Live(console=_console, auto_refresh=False, transient=True)
             self._live.start()
 
-    def step(self, done: int, result: StepResult, seconds: float, wait: float) -> None:
+    def step(
+        self, done: int, result: StepResult, seconds: float, wait: float, taught: float = 0.0
+    ) -> None:
         """Take in one optimizer step.
 
         Args:
@@ -187,10 +191,11 @@ class RunLog:
             result: Of the step.
             seconds: The step took, waiting included.
             wait: Of these, waiting for images.
+            taught: Of these, in the teacher.
         """
         self._done, self._losses = done, result.losses
         self._recent.append((seconds, wait))
-        self.window.add(result, seconds, wait)
+        self.window.add(result, seconds, wait, taught)
         if done % self.log_every == 0 or done == self.total_steps:
             self._write(result)
         self._current = False
@@ -212,6 +217,7 @@ class RunLog:
                 "skipped_steps": window.skipped,
                 "images_per_second": round(window.steps * self.batch_size / window.seconds, 2),
                 "data_wait": round(window.wait / window.seconds, 4),
+                "teacher_time": round(window.taught / window.seconds, 4),
                 "peak_memory_gib": round(memory_gib(self.device)[1], 3),
                 "seconds": round(window.seconds, 3),
             },

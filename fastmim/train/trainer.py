@@ -22,6 +22,7 @@ from fastmim.train.build import (
     load_parts,
     networks,
     run_identity,
+    teacher_identity,
 )
 from fastmim.train.checkpoint import Checkpoint, CheckpointError, CheckpointWriteError
 from fastmim.train.config import Pretrain, to_dict
@@ -88,6 +89,8 @@ class Trainer:
         self.precision = resolve_precision(efficiency.precision, self.device, autoencoder.embed_dim)
         self.method = build_method(config.method, recipe, autoencoder).to(self.device)
         self.identity = run_identity(config.method, to_dict(recipe), self.source)
+        if self.method.has_stages and recipe.teachers:
+            self.identity["teachers"] = teacher_identity(recipe.teachers)
         self.loader = PretrainLoader(
             self.source,
             batch_size=recipe.batch_size,
@@ -109,6 +112,10 @@ class Trainer:
             self.method,
             recipe,
             precision=self.precision,
+            teacher_precision=None
+            if efficiency.teacher_precision == "same"
+            else efficiency.teacher_precision,
+            teacher_once=efficiency.teacher_once,
             steps_per_epoch=self.loader.sampler.steps_per_epoch,
         )
         self.evaluation = KNNEvaluation(
@@ -188,7 +195,8 @@ class Trainer:
         follows = self.method.teacher_follows.replace("_", " ")
         moves = "frozen" if follows == "never" else f"moves every {follows}"
         count = sum(t.numel() for t in tensors) / 1e6
-        return f"teacher: {count:.1f} M parameters, {size:.1f} MiB, {moves}"
+        precision = self.engine.teacher_precision
+        return f"teacher: {count:.1f} M parameters, {size:.1f} MiB, {moves}, {precision}"
 
     def run(self) -> Outcome:
         """Train to the end, or until a signal, and leave checkpoint, metrics and pictures.
@@ -238,6 +246,7 @@ class Trainer:
             self._evaluate(log)
         while self.done < stop and not received:
             begin, waited = time.perf_counter(), self.loader.wait_seconds
+            taught = self.engine.teacher_seconds
             batches = self._micro_batches(stream)
             result = self.engine.run_step(self.done, batches, self.loader.micro_steps)
             if self.engine.stage != stage:
@@ -246,7 +255,8 @@ class Trainer:
             self.done += 1
             self._guard(log, result)
             waited = self.loader.wait_seconds - waited
-            log.step(self.done, result, time.perf_counter() - begin, waited)
+            taught = self.engine.teacher_seconds - taught
+            log.step(self.done, result, time.perf_counter() - begin, waited, taught)
             if received:
                 break  # a due evaluation is made up for at the resumption
             self._evaluate(log)
