@@ -77,7 +77,8 @@ struct GeluBackwardRows {
 
 void check_input(const Checks& check, const Tensor& x, const Tensor& bias) {
   check_width(check, "x", x);
-  check.dtype("x", x.scalar_type(), is_row_type(x.scalar_type()));
+  check_row_type(check, "x", x);
+  check_row_type(check, "bias", bias);
   check.placed("x", -1, x);
   check.shape("bias", bias, {x.size(-1)});
 }
@@ -95,7 +96,7 @@ Tensor bias_gelu_cpu(Tensor x, Tensor bias) {
 std::tuple<Tensor, Tensor> bias_gelu_backward_cpu(Tensor grad, Tensor x, Tensor bias) {
   const Checks check{"bias_gelu_backward", "cpu"};
   check_input(check, x, bias);
-  check.dtype("grad", grad.scalar_type(), is_row_type(grad.scalar_type()));
+  check_row_type(check, "grad", grad);
   if (!same_shape(grad, x))
     refuse(check.op, ": expected grad ", shape_of(x), ", got ", shape_of(grad));
   check.placed("grad", -1, grad);

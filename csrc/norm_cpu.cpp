@@ -127,7 +127,7 @@ struct NormBackwardRows {
 };
 
 void check_rows(const Checks& check, const char* name, const Tensor& x, const Tensor& like) {
-  check.dtype(name, x.scalar_type(), is_row_type(x.scalar_type()));
+  check_row_type(check, name, x);
   if (!same_shape(x, like))
     refuse(check.op, ": expected ", name, " to have shape ", shape_of(like), ", got ", shape_of(x));
   check.placed(name, -1, x);
@@ -146,6 +146,8 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> norm_cpu(Tensor x, std::optional<Tens
   check_rows(check, "x", x, x);
   if (branch) check_rows(check, "branch", *branch, x);
   check.dtype("the result", dtype, is_row_type(dtype));
+  check_row_type(check, "weight", weight);
+  check_row_type(check, "bias", bias);
   check.shape("weight", weight, {x.size(-1)});
   check.shape("bias", bias, {x.size(-1)});
   x = packed(x);
@@ -179,6 +181,7 @@ std::tuple<Tensor, Tensor, Tensor> norm_backward_cpu(Tensor grad, std::optional<
   check_rows(check, "total", total, total);
   check_rows(check, "grad", grad, total);
   if (grad_total) check_rows(check, "grad_total", *grad_total, total);
+  check_row_type(check, "weight", weight);
   check.shape("weight", weight, {width});
   for (const auto& [name, x] : {std::pair{"mean", &mean}, std::pair{"rstd", &rstd}}) {
     check.dtype(name, x->scalar_type(), x->scalar_type() == ScalarType::Float);

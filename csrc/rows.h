@@ -25,6 +25,14 @@ inline Target target(Tensor& x) { return {x.mutable_data_ptr(), x.scalar_type(),
 
 inline int64_t rows_of(const Tensor& x) { return x.numel() / x.size(-1); }
 
+inline bool is_row_type(ScalarType dtype) {
+  return dtype == ScalarType::Float || dtype == ScalarType::BFloat16 || dtype == ScalarType::Half;
+}
+
+inline void check_row_type(const Checks& check, const char* name, const Tensor& x) {
+  check.dtype(name, x.scalar_type(), is_row_type(x.scalar_type()));
+}
+
 inline void check_width(const Checks& check, const char* name, const Tensor& x) {
   if (x.dim() == 0 || x.size(-1) == 0)
     refuse(check.op, ": expected ", name, " (..., D) with D of at least 1, got ", shape_of(x));
@@ -66,27 +74,31 @@ FASTMIM_INLINE void finish_row(const Target& rows, int64_t i, const float* value
   }
 }
 
-inline bool is_row_type(ScalarType dtype) {
-  return dtype == ScalarType::Float || dtype == ScalarType::BFloat16 || dtype == ScalarType::Half;
-}
-
 // f(begin, end, sums) adds rows begin to end into `sums`, `count` floats that are zero before;
-// returns the totals. The rows are cut into the same ranges whatever the number of threads.
+// returns the totals. The rows are cut into the same ranges whatever the number of threads, and
+// summed in float for 64 rows at most: the error does not grow with their number.
 template <typename F>
 std::vector<float> sum_over_rows(int64_t rows, int64_t count, int64_t cost, const F& f) {
-  constexpr int64_t RANGES = 32;
+  constexpr int64_t RANGES = 32, GROUP = 64;
   const int64_t size = std::max<int64_t>((rows + RANGES - 1) / RANGES, 1);
   const int64_t ranges = (rows + size - 1) / size;
-  const int64_t stride = Scratch::round(count);
-  std::vector<float> partial(static_cast<size_t>(std::max<int64_t>(ranges, 1) * stride));
+  const auto columns = static_cast<size_t>(count);
+  std::vector<double> partial(static_cast<size_t>(ranges) * columns);
   in_parallel(ranges, size * cost, [&](int64_t begin, int64_t end) {
-    for (int64_t r = begin; r < end; ++r)
-      f(r * size, std::min(rows, (r + 1) * size), partial.data() + r * stride);
+    std::vector<float> sums(columns);
+    for (int64_t r = begin; r < end; ++r) {
+      double* const total = partial.data() + static_cast<size_t>(r) * columns;
+      const int64_t last = std::min(rows, (r + 1) * size);
+      for (int64_t first = r * size; first < last; first += GROUP) {
+        std::fill(sums.begin(), sums.end(), 0.0f);
+        f(first, std::min(last, first + GROUP), sums.data());
+        for (size_t i = 0; i < columns; ++i) total[i] += sums[i];
+      }
+    }
   });
-  std::vector<double> totals(static_cast<size_t>(count));
-  for (int64_t r = 0; r < ranges; ++r)
-    for (int64_t i = 0; i < count; ++i)
-      totals[static_cast<size_t>(i)] += partial[static_cast<size_t>(r * stride + i)];
+  std::vector<double> totals(columns);
+  for (size_t r = 0; r < static_cast<size_t>(ranges); ++r)
+    for (size_t i = 0; i < columns; ++i) totals[i] += partial[r * columns + i];
   return {totals.begin(), totals.end()};
 }
 

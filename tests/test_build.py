@@ -1,6 +1,6 @@
 """What is shipped: the source archive, its wheel, and its wheel without a compiler."""
 
-import importlib.util
+import importlib.metadata
 import os
 import shutil
 import subprocess
@@ -51,7 +51,9 @@ def checkout(tmp_path_factory) -> Path:
 
 @pytest.fixture(scope="module")
 def sdist(checkout) -> Path:
-    missing = [m for m in ("setuptools", "pybind11", "pip") if importlib.util.find_spec(m) is None]
+    # Not find_spec: looking for pip switches off setuptools' distutils for the whole process.
+    installed = {d.name for d in importlib.metadata.distributions()}
+    missing = sorted({"setuptools", "pybind11", "pip"} - installed)
     missing += [p for p in ("cmake", "ninja") if shutil.which(p, path=tool_path()) is None]
     if missing:
         pytest.skip(f"cannot build: {', '.join(missing)} not installed")

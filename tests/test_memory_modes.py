@@ -101,6 +101,24 @@ def test_an_unknown_mode_is_named():
         block("small")
 
 
+def test_forward_hooks_of_every_layer_are_called():
+    layer, called = block("standard"), []
+    names = ["norm1", "attn.qkv", "attn.proj", "norm2", "mlp.fc1", "mlp.fc2"]
+    for name in names:
+        layer.get_submodule(name).register_forward_hook(
+            lambda module, given, out, name=name: called.append(name)
+        )
+    layer(stream(torch.float32))
+    assert called == names
+
+
+def test_a_lean_block_refuses_a_layer_with_hooks():
+    layer = block("lean")
+    layer.mlp.fc1.register_forward_hook(lambda module, given, out: None)
+    with pytest.raises(TypeError, match="without hooks"):
+        layer(stream(torch.float32))
+
+
 def test_a_lean_block_refuses_a_replaced_layer():
     layer = block("lean")
     layer.attn.qkv = nn.Sequential(Linear(DIM, 3 * DIM))

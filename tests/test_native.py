@@ -444,6 +444,43 @@ def test_fused_bits_do_not_depend_on_the_number_of_threads(threads):
     assert_same_bytes(*results)
 
 
+NANS = [0x7FC00000, 0x7FC00001, 0x7FFFFFFF, -0x400000]  # PyTorch's, another, a GPU's, negative
+
+
+@pytest.mark.parametrize("bits", NANS)
+def test_a_nan_of_any_kind_comes_through(bits):
+    nan = torch.tensor([bits], dtype=torch.int32).view(torch.float32)
+    qkv = values((1, 19, 3, 2, 8)) / 8
+    out, lse = ops.attention(qkv, 0.3)
+    qkv[0, 4, 1, 1, 3] = nan[0]
+    assert qkv.isnan().sum() == 1
+    got, _ = ops.attention(qkv, 0.3)
+    assert got[0, :, 1].isnan().all()
+    assert torch.equal(got[0, :, 0], out[0, :, 0])
+    assert ops.attention_backward(values(out.shape), qkv, out, lse, 0.3)[0, 4, 1, 1].isnan().any()
+    x, zero = torch.cat([nan, torch.zeros(16)])[None], torch.zeros(17)
+    assert ops.bias_gelu(x, zero).isnan().sum() == 1
+    assert ops.bias_gelu_backward(torch.ones(1, 17), x, zero)[0].isnan().sum() == 1
+
+
+def test_gelu_of_huge_values_is_that_of_pytorch():
+    size = torch.tensor([1e37, 1e34, 1e19, 1e4, 30.0, 13.5, 5.0])
+    x = torch.cat([-size, size])[None]
+    zero, grad = torch.zeros(14), torch.ones(1, 14)
+    torch.testing.assert_close(ops.bias_gelu(x, zero), torch.nn.functional.gelu(x))
+    expected = torch.ops.aten.gelu_backward(grad, x)
+    torch.testing.assert_close(ops.bias_gelu_backward(grad, x, zero)[0], expected)
+
+
+def test_sums_over_many_rows_keep_their_precision():
+    x, grad = values((20_000, 5)), values((20_000, 5), seed=2).abs() + 3
+    mean, rstd, weight = torch.zeros(20_000), torch.ones(20_000), torch.ones(5)
+    _, grad_weight, grad_bias = ops.norm_backward(grad, None, x, mean, rstd, weight)
+    exact = (grad.double() * x.double()).sum(0), grad.double().sum(0)
+    for got, right in zip((grad_weight, grad_bias), exact, strict=True):
+        assert torch.equal(got, right.float())
+
+
 def relaid(argument, layout):
     """The same values in other memory."""
     if not isinstance(argument, torch.Tensor) or not argument.ndim:
@@ -583,6 +620,11 @@ def test_a_position_out_of_range_is_named(name, position, wrong):
             "expected mean of one value a row",
         ),
         ("bias_gelu", (torch.zeros(2, 3), torch.zeros(2)), r"bias to have shape \(3,\)"),
+        (
+            "norm",
+            (torch.zeros(2, 3), None, *torch.ones(2, 3).double(), 1e-6, torch.float32),
+            "weight cannot be Double",
+        ),
         ("bias_gelu", (torch.zeros(2, 3).double(), torch.zeros(3)), "x cannot be Double"),
         ("attention", (torch.zeros(2, 4, 2, 1, 8), 1.0), r"expected qkv \(B, N, 3, H, D\)"),
         (

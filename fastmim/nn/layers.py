@@ -38,6 +38,12 @@ class Residual(NamedTuple):
         return self.x if self.branch is None else self.x + self.branch
 
 
+def _plain(layer: nn.Module, kind: type[nn.Module]) -> bool:
+    """Whether an operator may take the layer's parameters: no subclass, and nobody listens."""
+    hooks = layer._forward_hooks, layer._forward_pre_hooks, layer._backward_hooks
+    return type(layer) is kind and not any((*hooks, layer._backward_pre_hooks))
+
+
 def add_norm(layer: nn.Module, stream: Residual) -> tuple[Tensor, Tensor]:
     """Normalise a residual stream: one operator if ``layer`` is a plain LayerNorm.
 
@@ -48,7 +54,7 @@ def add_norm(layer: nn.Module, stream: Residual) -> tuple[Tensor, Tensor]:
     Returns:
         The normalised tokens and the stream after its addition, both (B, N, D).
     """
-    if type(layer) is nn.LayerNorm and layer.weight is not None and layer.bias is not None:
+    if _plain(layer, nn.LayerNorm) and layer.weight is not None and layer.bias is not None:
         return norm(stream.x, layer.weight, layer.bias, eps=layer.eps, branch=stream.branch)
     total = stream.total()
     return layer(total), total
@@ -81,13 +87,13 @@ def add_norm_linear(
         The layer's output (B, N, E), and the stream after its addition.
 
     Raises:
-        TypeError: If one of them was replaced by a module of another kind.
+        TypeError: If one of them was replaced by a module of another kind, or has forward hooks.
     """
-    if type(norm) is not nn.LayerNorm or type(layer) is not Linear:
+    if not (_plain(norm, nn.LayerNorm) and _plain(layer, Linear)):
         raise TypeError(
             "Block: memory 'lean' and 'recompute_mlp' need torch.nn.LayerNorm and "
-            f"fastmim.nn.Linear, got {type(norm).__name__} and {type(layer).__name__}; use "
-            "'standard' or 'checkpoint'"
+            f"fastmim.nn.Linear without hooks, got {type(norm).__name__} and "
+            f"{type(layer).__name__}; use 'standard' or 'checkpoint'"
         )
     return norm_linear(
         stream.x,
@@ -145,7 +151,7 @@ class Mlp(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """(B, N, D) to (B, N, D)."""
-        if type(self.fc1) is not Linear:  # replaced, by an adapter for example
+        if not _plain(self.fc1, Linear):  # replaced, by an adapter for example
             return self.fc2(F.gelu(self.fc1(x)))
         return self.fc2(bias_gelu(linear(x, self.fc1.weight), self.fc1.bias))
 

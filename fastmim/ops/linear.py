@@ -60,14 +60,14 @@ def _serves(*tensors: Tensor | None) -> bool:
 def _linear_cpu(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     if not _serves(x, weight, bias):
         return F.linear(x, weight, bias)
-    out = _product(x.flatten(0, -2), weight, bias)
+    out = _product(x.reshape(-1, x.shape[-1]), weight, bias)
     return out.view(*x.shape[:-1], weight.shape[0])
 
 
 def _weight_grad_cpu(grad: Tensor, x: Tensor) -> Tensor:
     if not _serves(grad, x):
         return reference.linear_weight_grad(grad, x)
-    grad, x = grad.flatten(0, -2), x.flatten(0, -2)
+    grad, x = grad.reshape(-1, grad.shape[-1]), x.reshape(-1, x.shape[-1])
     # The right operand is reordered for the product; the wider one gains most by it (measured).
     if grad.shape[1] > x.shape[1]:
         return _product(x.t(), grad.t(), None).t().contiguous()
@@ -96,7 +96,7 @@ def _linear_backward(ctx, grad):
     if ctx.needs_input_grad[1]:
         grad_weight = _weight_grad(grad, x)
     if ctx.has_bias and ctx.needs_input_grad[2]:
-        grad_bias = grad.flatten(0, -2).sum(dim=0)
+        grad_bias = grad.reshape(-1, grad.shape[-1]).sum(dim=0)
     return grad_x, grad_weight, grad_bias
 
 

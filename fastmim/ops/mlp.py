@@ -101,7 +101,7 @@ def _bias_gelu_linear_backward(ctx, grad):
     if ctx.needs_input_grad[2]:
         grad_weight = weight_grad(grad, _bias_gelu(x, bias))
     if ctx.has_out_bias and ctx.needs_input_grad[3]:
-        grad_out_bias = grad.flatten(0, -2).sum(dim=0)
+        grad_out_bias = grad.reshape(-1, grad.shape[-1]).sum(dim=0)
     grad_x, grad_bias = _backward(linear(grad, weight.t()), x, bias)
     return grad_x, grad_bias, grad_weight, grad_out_bias
 

@@ -131,15 +131,15 @@ def _check(function: str, x: Tensor, weight: Tensor, bias: Tensor, branch: Tenso
 
 
 def _native_norm_accepts(x, branch, weight, bias, eps, dtype) -> str | None:
-    return refuse_native(x, branch, dtype)
+    return refuse_native(x, branch, weight, bias, dtype)
 
 
-def _native_norm_backward_accepts(grad, grad_total, total, *rest) -> str | None:
-    return refuse_native(total, grad, grad_total)
+def _native_norm_backward_accepts(grad, grad_total, total, mean, rstd, weight) -> str | None:
+    return refuse_native(total, grad, grad_total, weight)
 
 
-def _native_norm_linear_accepts(x, branch, *rest) -> str | None:
-    return refuse_native(x, branch)
+def _native_norm_linear_accepts(x, branch, norm_weight, norm_bias, *rest) -> str | None:
+    return refuse_native(x, branch, norm_weight, norm_bias)
 
 
 def _statistics(x: Tensor) -> list[Tensor]:
@@ -218,7 +218,7 @@ def _norm_linear_backward(ctx, grad, grad_total, *_):
             rows = _norm(total, None, norm_weight, norm_bias, ctx.eps, weight.dtype)[0]
             grads["weight"] = weight_grad(grad, rows)
         if ctx.bias_dtype is not None and ctx.needs_input_grad[6]:
-            grads["bias"] = grad.flatten(0, -2).sum(dim=0)
+            grads["bias"] = grad.reshape(-1, grad.shape[-1]).sum(dim=0)
         grad_total, grads["norm_weight"], grad_bias = _backward(
             linear(grad, weight.t()), grad_total, total, mean, rstd, norm_weight
         )

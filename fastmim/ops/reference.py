@@ -76,7 +76,7 @@ def scatter_tokens(x: Tensor, ids: Tensor, num_tokens: int) -> Tensor:
 
 
 def linear_weight_grad(grad: Tensor, x: Tensor) -> Tensor:
-    return grad.flatten(0, -2).t() @ x.flatten(0, -2)
+    return grad.reshape(-1, grad.shape[-1]).t() @ x.reshape(-1, x.shape[-1])
 
 
 def _blocks(imgs: Tensor, patch_size: int) -> Tensor:
@@ -238,8 +238,8 @@ def norm_backward(
     grad_x = (scaled - scaled.mean(dim=-1, keepdim=True) - unit * along) * rstd[..., None]
     if grad_total is not None:
         grad_x = grad_x + grad_total.to(mean.dtype)
-    grad_weight = (grad * unit).flatten(0, -2).sum(dim=0)
-    grad_bias = grad.flatten(0, -2).sum(dim=0)
+    grad_weight = (grad * unit).reshape(-1, grad.shape[-1]).sum(dim=0)
+    grad_bias = grad.reshape(-1, grad.shape[-1]).sum(dim=0)
     return (
         grad_x.to(total.dtype).contiguous(),
         grad_weight.to(weight.dtype),
@@ -271,7 +271,7 @@ def bias_gelu_backward(grad: Tensor, x: Tensor, bias: Tensor) -> tuple[Tensor, T
     density = (-0.5 * z.square()).exp() / math.sqrt(2 * math.pi)
     cumulative = 0.5 * (1 + (z / math.sqrt(2)).erf())
     grad_x = grad.to(wide.dtype) * (cumulative + z * density)
-    grad_bias = grad_x.flatten(0, -2).sum(dim=0)
+    grad_bias = grad_x.reshape(-1, grad.shape[-1]).sum(dim=0)
     return grad_x.to(x.dtype).contiguous(), grad_bias.to(bias.dtype)
 
 
