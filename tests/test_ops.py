@@ -34,6 +34,9 @@ FULL_GRADCHECK = 150  # inputs up to which every entry of the Jacobian is compar
 GUARD = 77  # a value of every dtype
 MARGIN = 4096  # elements around a guarded tensor: more than a tile
 
+# Backends without float32, tested in bfloat16 instead.
+HALF = {("attention", "triton"), ("attention_backward", "triton")}
+
 EDGES = [(op, shape) for op in OPS.values() for shape in op.shapes if shape.startswith("edge")]
 CASES = [
     pytest.param(op, backend, shape, id=f"{op.name}-{backend}-{shape}")
@@ -91,6 +94,11 @@ def with_masters(op: Op, args: tuple) -> tuple:
 
 def make(op: Op, shape: str, device: str, dtype: torch.dtype) -> tuple:
     return op.make(**op.shapes[shape], device=device, dtype=dtype)
+
+
+def usual(op: Op, backend: str) -> torch.dtype:
+    """The dtype for what does not depend on it."""
+    return torch.bfloat16 if (op.name, backend) in HALF else torch.float32
 
 
 def in_double(args: tuple, dtype: torch.dtype) -> tuple:
@@ -229,7 +237,7 @@ def test_few_triton_programs_walk_over_many_rows(name, shape, limits, device, mo
 
 @pytest.mark.parametrize(("op", "backend", "shape"), CASES)
 def test_repeats_to_the_bit(op, backend, shape, device):
-    args = make(op, shape, device, torch.float32)
+    args = make(op, shape, device, usual(op, backend))
     for first, second in zip(run(op, backend, args), run(op, backend, args), strict=True):
         accuracy.exact(second, first)
 
@@ -262,12 +270,12 @@ def expanded(tensor: Tensor) -> Tensor:
 def test_any_layout_gives_the_contiguous_result(op, backend, shape, layout, device):
     if layout is expanded and op.name in IN_PLACE:
         pytest.skip("memory that is written cannot be shared")
-    args = make(op, shape, device, torch.float32)
+    args = make(op, shape, device, usual(op, backend))
     laid_out = tree_map(lambda leaf: layout(leaf) if isinstance(leaf, Tensor) else leaf, args)
     contiguous = tree_map(
         lambda leaf: leaf.contiguous() if isinstance(leaf, Tensor) else leaf, laid_out
     )
-    assert_accurate(op, run(op, backend, laid_out), contiguous, torch.float32)
+    assert_accurate(op, run(op, backend, laid_out), contiguous, usual(op, backend))
 
 
 class Guarded:
@@ -297,7 +305,7 @@ class Guarded:
 
 @pytest.mark.parametrize(("op", "backend", "shape"), CASES)
 def test_nothing_beside_the_tensors_is_written(op, backend, shape, device, monkeypatch):
-    args = make(op, shape, device, torch.float32)
+    args = make(op, shape, device, usual(op, backend))
     usable(op, backend, args)
     guarded = Guarded()
     given = tree_map(guarded.copy, args)
@@ -358,7 +366,7 @@ def test_second_gradient_is_right_or_refused(op, backend, shape, device):
 
 @pytest.mark.parametrize(("op", "backend", "shape"), CASES)
 def test_schema_shape_rule_and_gradient_are_registered(op, backend, shape, device):
-    args = make(op, shape, device, torch.float32)
+    args = make(op, shape, device, usual(op, backend))
     usable(op, backend, args)
     if op.differentiable:
         for t in inputs(op, args):
@@ -660,7 +668,7 @@ def test_environment_names_the_backend(value, said):
 
 @pytest.mark.parametrize(("op", "backend", "shape"), CASES)
 def test_autocast_leaves_the_arithmetic_of_an_operator_alone(op, backend, shape, device):
-    plain = make(op, shape, device, torch.float32)
+    plain = make(op, shape, device, usual(op, backend))
     usable(op, backend, plain)
     cast = copy.deepcopy(plain)
     with use_backend(backend):
