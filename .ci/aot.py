@@ -1,7 +1,8 @@
 """Compile every Triton kernel for sm_80, 90, 100 and 120 without a GPU, as its launcher would.
 
-The operators of the registry are called on tensors without memory, at each of their real shapes;
-what the launchers launch is compiled instead. A binary that builds is no proof that it runs.
+The operators of the registry are called on tensors without memory, at each of their real shapes
+that the kernels accept; what the launchers launch is compiled instead. A binary that builds is no
+proof that it runs.
 
 usage: aot.py [--write docs/kernels.md]
 
@@ -48,7 +49,19 @@ compiled, not run, for each architecture at the real shapes of its operators. A 
 per thread / bytes of shared memory; spills are instructions that access local memory, all
 architectures together; load and store are the widest accesses to global memory in bits, on the
 architecture where they are narrowest."""
-SPILLS_ALLOWED: dict[str, str] = {}  # "module:kernel" to the reason
+# "module:kernel" to the most spills of one shape, all architectures together, and the reason.
+SPILLS_ALLOWED: dict[str, tuple[int, str]] = {
+    "attention:_attention_kernel": (80, "sm_120 alone, 197 tokens of head dim 64"),
+    "attention:_attention_bwd_kernel": (
+        160,
+        "257 tokens: on sm_90 7 loads of constants in the 1160 instructions of the loop, the rest "
+        "before and behind it; 197 tokens: sm_120 alone",
+    ),
+    "attention:_attention_bwd_short_kernel": (
+        1200,
+        "head dim 80 at 65 tokens: none on sm_90 and 100; sm_80 and 120 do not use it there",
+    ),
+}
 
 
 class Usage(NamedTuple):
@@ -171,6 +184,8 @@ def measure() -> Table:
         for shape in (name for name in op.shapes if not name.startswith("edge")):
             for dtype in DTYPES:
                 args = op.make(**op.shapes[shape], device="meta", dtype=dtype)
+                if op.refuses("triton", args):
+                    continue
                 configuration = f"{op.name} {shape}"
                 if dtype in (getattr(arg, "dtype", arg) for arg in args):
                     configuration += f" {str(dtype).removeprefix('torch.')}"
@@ -227,7 +242,7 @@ def problems(table: Table, committed: str) -> list[str]:
             continue
         *sizes, spills, load, store = now[key]
         *old_sizes, _, old_load, old_store = before[key]
-        if spills and key[0] not in SPILLS_ALLOWED:
+        if spills > SPILLS_ALLOWED.get(key[0], (0, ""))[0]:
             found.append(f"{where}: {spills} spills")
         if load < old_load or store < old_store:
             found.append(f"{where}: accesses of {load}, {store} bits, not {old_load}, {old_store}")

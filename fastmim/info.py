@@ -15,7 +15,8 @@ from typing import Any
 import torch
 
 from fastmim.ops import OPS
-from fastmim.ops._registry import PREFERENCE, Op, extension_problem, forced_backend
+from fastmim.ops._registry import PREFERENCE, Op, extension_problem
+from fastmim.ops.attention import GPU_TABLE
 
 _PACKAGES = (
     *("torch", "triton", "numpy", "safetensors", "simplejpeg", "pillow", "pyarrow"),
@@ -47,7 +48,8 @@ def report() -> dict[str, Any]:
         version or None), ``cpu``, ``cuda`` (with ``gpus``), ``extension``, ``environment``
         (variable to value or None) and ``operators`` (name to device to ``backend``, ``error`` and
         ``others``: of each other backend its ``status`` - "absent", "unavailable" or "ready" - and
-        the ``reason`` why it does not serve). Sizes are in GiB.
+        the ``reason`` why it does not serve), and ``gpu_attention`` (what ``auto`` takes for
+        attention on a GPU, up to which shape, and the evidence). Sizes are in GiB.
     """
     extension = _extension()
     cuda = _cuda()
@@ -70,6 +72,7 @@ def report() -> dict[str, Any]:
             name: {device: _served(op, torch.device(device)) for device in devices}
             for name, op in sorted(OPS.items())
         },
+        "gpu_attention": [choice._asdict() for choice in GPU_TABLE],
     }
 
 
@@ -178,8 +181,8 @@ def _other(op: Op, other: str, backend: str | None, device: torch.device) -> dic
     reason = op.unavailable(other, device)
     if reason is not None:
         return {"status": "unavailable" if other in op.backends else "absent", "reason": reason}
-    if forced_backend() is not None:
-        reason = f"'{forced_backend()}' was asked for"
+    if op.forced() is not None:
+        reason = f"'{op.forced()[0]}' was asked for"
     elif other == "triton" and device.type == "cpu":
         reason = "interpreted (TRITON_INTERPRET=1): a test tool, never chosen by itself"
     else:
@@ -203,6 +206,8 @@ def _lines(facts: dict[str, Any]) -> Iterable[str]:
     for device in next(iter(facts["operators"].values()), {}):
         yield ""
         yield from _operators(device, {k: v[device] for k, v in facts["operators"].items()})
+    yield ""
+    yield from _table(_gpu_attention(facts["gpu_attention"]))
 
 
 def _summary(facts: dict[str, Any]) -> Iterable[tuple[str, str]]:
@@ -251,9 +256,19 @@ def _operators(device: str, served: dict[str, dict[str, Any]]) -> Iterable[str]:
     yield ""
     yield from (f"[{number}] {reason}" for reason, number in notes.items())
     yield "-: no such implementation. A call with an unusual dtype or layout may use another."
-    failing = [name for name, entry in served.items() if entry["error"]]
-    if failing:
-        yield f"error: '{forced_backend()}' was asked for and cannot serve {', '.join(failing)}"
+    failing: dict[str, list[str]] = {}
+    for name, entry in served.items():
+        if entry["error"]:
+            failing.setdefault(OPS[name].forced()[0], []).append(name)
+    for backend, names in failing.items():
+        yield f"error: '{backend}' was asked for and cannot serve {', '.join(names)}"
+
+
+def _gpu_attention(choices: list[dict[str, Any]]) -> Iterable[tuple[str, ...]]:
+    yield "attention on a GPU: up to tokens", "head dim", "served by", "evidence"
+    for choice in choices:
+        yield tuple(map(str, choice.values()))
+    yield "more", "any", "cuda", "PyTorch's kernels"
 
 
 def _table(rows: Iterable[tuple[str, ...]]) -> Iterable[str]:

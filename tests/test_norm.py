@@ -109,7 +109,7 @@ def test_a_far_mean_does_not_cancel(backend, value, device):
 
 def test_rows_beyond_the_registers_are_refused_by_triton():
     args = OPS["norm"].make(b=1, n=1, d=8193, device="cpu", dtype=torch.float32)
-    reason = OPS["norm"]._refuses("triton", args)
+    reason = OPS["norm"].refuses("triton", args)
     assert reason == "it takes rows of 1 to 8192 values, not 8193"
 
 

@@ -43,6 +43,9 @@ FULL_GRADCHECK = 150  # inputs up to which every entry of the Jacobian is compar
 GUARD = 77  # a value of every dtype
 MARGIN = 4096  # elements around a guarded tensor: more than a tile
 
+# Backends without float32, tested in bfloat16 instead.
+HALF = {("attention", "triton"), ("attention_backward", "triton")}
+
 EDGES = [(op, shape) for op in OPS.values() for shape in op.shapes if shape.startswith("edge")]
 CASES = [
     pytest.param(op, backend, shape, id=f"{op.name}-{backend}-{shape}")
@@ -56,6 +59,11 @@ TYPED_CASES = [
     if dtype == torch.float32 or case.values[0].name not in IN_PLACE
 ]
 DIFFERENTIABLE_CASES = [case for case in CASES if case.values[0].differentiable]
+
+
+def usual(op: Op, backend: str) -> torch.dtype:
+    """The dtype for what does not depend on it."""
+    return torch.bfloat16 if (op.name, backend) in HALF else torch.float32
 
 
 @pytest.mark.parametrize("op", OPS.values(), ids=lambda op: op.name)
@@ -140,7 +148,7 @@ def test_few_triton_programs_walk_over_many_rows(name, shape, limits, device, mo
 
 @pytest.mark.parametrize(("op", "backend", "shape"), CASES)
 def test_repeats_to_the_bit(op, backend, shape, device):
-    args = make(op, shape, device, torch.float32)
+    args = make(op, shape, device, usual(op, backend))
     for first, second in zip(run(op, backend, args), run(op, backend, args), strict=True):
         accuracy.exact(second, first)
 
@@ -153,12 +161,12 @@ def test_repeats_to_the_bit(op, backend, shape, device):
 def test_any_layout_gives_the_contiguous_result(op, backend, shape, layout, device):
     if layout is expanded and op.name in IN_PLACE:
         pytest.skip("memory that is written cannot be shared")
-    args = make(op, shape, device, torch.float32)
+    args = make(op, shape, device, usual(op, backend))
     laid_out = tree_map(lambda leaf: layout(leaf) if isinstance(leaf, Tensor) else leaf, args)
     contiguous = tree_map(
         lambda leaf: leaf.contiguous() if isinstance(leaf, Tensor) else leaf, laid_out
     )
-    assert_accurate(op, run(op, backend, laid_out), contiguous, torch.float32)
+    assert_accurate(op, run(op, backend, laid_out), contiguous, usual(op, backend))
 
 
 @pytest.mark.parametrize(
@@ -201,7 +209,7 @@ class Guarded:
 
 @pytest.mark.parametrize(("op", "backend", "shape"), CASES)
 def test_nothing_beside_the_tensors_is_written(op, backend, shape, device, monkeypatch):
-    args = make(op, shape, device, torch.float32)
+    args = make(op, shape, device, usual(op, backend))
     usable(op, backend, args)
     guarded = Guarded()
     given = tree_map(guarded.copy, args)
@@ -262,7 +270,7 @@ def test_second_gradient_is_right_or_refused(op, backend, shape, device):
 
 @pytest.mark.parametrize(("op", "backend", "shape"), CASES)
 def test_schema_shape_rule_and_gradient_are_registered(op, backend, shape, device):
-    args = make(op, shape, device, torch.float32)
+    args = make(op, shape, device, usual(op, backend))
     usable(op, backend, args)
     if op.differentiable:
         for t in inputs(op, args):
@@ -564,7 +572,7 @@ def test_environment_names_the_backend(value, said):
 
 @pytest.mark.parametrize(("op", "backend", "shape"), CASES)
 def test_autocast_leaves_the_arithmetic_of_an_operator_alone(op, backend, shape, device):
-    plain = make(op, shape, device, torch.float32)
+    plain = make(op, shape, device, usual(op, backend))
     usable(op, backend, plain)
     cast = copy.deepcopy(plain)
     with use_backend(backend):

@@ -6,7 +6,7 @@ gradient. Behind the schema stand up to four implementations with the same signa
 * ``reference`` - plain PyTorch, any device; the specification the others are tested against;
 * ``cpp``       - compiled code for CPU tensors: ``csrc/``, or a kernel that PyTorch itself ships;
 * ``triton``    - a kernel in ``kernels/``; needs a GPU, or ``TRITON_INTERPRET=1``;
-* ``cuda``      - a CUDA kernel in ``csrc/``; needs a GPU.
+* ``cuda``      - a CUDA kernel in ``csrc/``, or one that PyTorch itself ships; needs a GPU.
 
 The choice is made inside the operator, so ``torch.compile`` traces one graph whichever serves.
 """
@@ -47,14 +47,15 @@ _forced = _parse(os.environ.get("FASTMIM_BACKEND"))
 
 
 @functools.cache
-def _installed(module: str) -> bool:
+def installed(module: str) -> bool:
+    """Whether the package is there; it is not imported."""
     return importlib.util.find_spec(module) is not None
 
 
 @functools.cache
 def extension_problem() -> str | None:
     """Why the compiled extension cannot be used; None if it can. Loads it on the first call."""
-    if not _installed("fastmim._C"):
+    if not installed("fastmim._C"):
         return "fastmim was installed without its compiled extension; reinstall with a C++ compiler"
     try:
         importlib.import_module("fastmim._C")
@@ -110,6 +111,8 @@ class Op:
         make: Builds the arguments for one entry of ``shapes``.
         setup_context: Saves what ``backward`` needs. Omit both for an op without gradient.
         backward: Gradient formula, written with operators of this library.
+        override: Returns the backend that a variable of this operator asks for and the words for
+            it, or None; goes before FASTMIM_BACKEND and use_backend.
         twice_differentiable: Whether ``backward`` is itself right when differentiated; otherwise
             ``create_graph=True`` is refused.
     """
@@ -122,6 +125,7 @@ class Op:
         implementations: Mapping[str, Implementation | Callable | str | Native],
         shapes: Mapping[str, Mapping[str, Any]],
         make: Callable[..., tuple],
+        override: Callable[[], tuple[str, str] | None] | None = None,
         setup_context: Callable | None = None,
         backward: Callable | None = None,
         twice_differentiable: bool = False,
@@ -129,6 +133,7 @@ class Op:
         self.name = schema.partition("(")[0]
         self.shapes = shapes
         self.make = make
+        self._override = override
         self.differentiable = backward is not None
         self._implementations = {
             backend: given if isinstance(given, Implementation) else Implementation(given)
@@ -185,7 +190,7 @@ class Op:
         if backend == "reference":
             return None
         if backend == "triton":
-            if not _installed("triton"):
+            if not installed("triton"):
                 return "triton is not installed; pip install 'fastmim[triton]'"
             if device.type != "cuda" and os.environ.get("TRITON_INTERPRET") != "1":
                 return f"tensors are on {device}; move them to a GPU or set TRITON_INTERPRET=1"
@@ -215,14 +220,16 @@ class Op:
         Raises:
             RuntimeError: A backend was asked for (FASTMIM_BACKEND, use_backend) and cannot serve.
         """
-        if _forced is not None:
-            reason = self.unavailable(_forced, device) or self._refuses(_forced, args)
+        forced = self.forced()
+        if forced is not None:
+            backend, asked = forced
+            reason = self.unavailable(backend, device) or self.refuses(backend, args)
             if reason is not None:
                 raise RuntimeError(
-                    f"fastmim.{self.name}: backend '{_forced}' was requested "
-                    f"(FASTMIM_BACKEND or use_backend), but {reason}; use 'auto' or 'reference'"
+                    f"fastmim.{self.name}: backend '{backend}' was requested "
+                    f"({asked}), but {reason}; use 'auto' or 'reference'"
                 )
-            return _forced
+            return backend
         key = (device.type, os.environ.get("TRITON_INTERPRET"))
         if key not in self._candidates:
             # The interpreter is a test tool and never chosen by itself.
@@ -232,9 +239,17 @@ class Op:
                 if self.unavailable(b, device) is None
                 and not (b == "triton" and device.type != "cuda")
             ]
-        return next(b for b in self._candidates[key] if self._refuses(b, args) is None)
+        return next(b for b in self._candidates[key] if self.refuses(b, args) is None)
 
-    def _refuses(self, backend: str, args: tuple | None) -> str | None:
+    def forced(self) -> tuple[str, str] | None:
+        """The backend asked for and how; None means auto."""
+        asked = self._override() if self._override is not None else None
+        if asked is None and _forced is not None:
+            asked = (_forced, "FASTMIM_BACKEND or use_backend")
+        return asked
+
+    def refuses(self, backend: str, args: tuple | None) -> str | None:
+        """Why ``backend`` does not serve a call with these arguments; None if it does."""
         accepts = self._implementations[backend].accepts
         return accepts(*args) if accepts is not None and args is not None else None
 
@@ -248,6 +263,12 @@ class Op:
         # Autocast has chosen the arguments' dtypes; what is computed from them is the operator's.
         with torch._C._DisableAutocast():
             return implementation(*args)
+
+
+@functools.cache
+def compute_capability(device: torch.device) -> tuple[int, int] | None:
+    """Of the GPU, (9, 0) for sm_90; None if ``device`` is none."""
+    return torch.cuda.get_device_capability(device) if device.type == "cuda" else None
 
 
 def on_cpu(x: Tensor) -> bool:

@@ -1,15 +1,84 @@
-"""Attention over packed qkv, as the qkv projection writes it, with a packed gradient."""
+"""Attention over packed qkv, as the qkv projection writes it, with a packed gradient.
+
+On a GPU ``auto`` follows :data:`GPU_TABLE`: our Triton kernels for the short sequences of masked
+image modelling, PyTorch's attention for everything else. FASTMIM_ATTENTION asks for one of them.
+"""
+
+import os
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
+from fastmim.ops import _attention_libraries as libraries
 from fastmim.ops import reference
-from fastmim.ops._registry import Implementation, Native, Op, extension_problem
+from fastmim.ops._registry import (
+    Implementation,
+    Native,
+    Op,
+    compute_capability,
+    extension_problem,
+    forced_backend,
+)
 
 _FLASH_DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 # The C++ kernel keeps the scores of a head in cache: at 785 tokens it is still 1.6 times as fast as
 # PyTorch's (2 cores, AVX-512).
 _NATIVE_TOKENS = 1024
+# Of the Triton kernels: up to which number of tokens, by padded head dim, the scores (forward) or
+# gradients (backward) fit in registers; see docs/kernels.md.
+_TRITON_TOKENS = {16: 272, 32: 272, 64: 208, 128: 80}
+_TRITON_TOKENS_BACKWARD = {16: 272, 32: 272, 64: 80, 128: 80}
+_TRITON_DTYPES = (torch.float16, torch.bfloat16)
+
+
+class Choice(NamedTuple):
+    """What ``auto`` takes on a GPU for shapes up to these, if it can serve them.
+
+    Attributes:
+        tokens: N, at most.
+        head_dim: D, at most.
+        backend: "triton", or "cuda" for PyTorch's kernels.
+        evidence: "measured" and where, or "predicted" and by what.
+    """
+
+    tokens: int
+    head_dim: int
+    backend: str
+    evidence: str
+
+
+# The first row that covers N and D counts. A row without a measurement says so.
+GPU_TABLE = (
+    Choice(64, 128, "triton", "predicted by a roofline model at (50, 64): 2.2 and 4.5 times flash"),
+    Choice(80, 80, "triton", "predicted by a roofline model at (65, 80): 1.8 and 4.0 times flash"),
+    Choice(
+        208, 64, "triton", "predicted by a roofline model at (197, 32): 1.4 and 1.8 times flash"
+    ),
+    Choice(272, 32, "triton", "predicted by a roofline model at (257, 32): 1.9 times flash"),
+)
+_ASKED = {  # FASTMIM_ATTENTION to the backend, and to the library where that is a choice
+    "triton": ("triton", None),
+    "sdpa": ("cuda", None),
+    "flash": ("cuda", "flash"),
+    "cudnn": ("cuda", "cudnn"),
+    "efficient": ("cuda", "efficient"),
+    "xformers": ("cuda", "xformers"),
+    "reference": ("reference", None),
+}
+
+
+def _parse(asked: str | None) -> str | None:
+    if asked in (None, "", "auto"):
+        return None
+    if asked not in _ASKED:
+        raise ValueError(
+            f"unknown attention '{asked}'; FASTMIM_ATTENTION takes auto, {', '.join(_ASKED)}"
+        )
+    return asked
+
+
+_asked = _parse(os.environ.get("FASTMIM_ATTENTION"))
 _native = Native("attention")
 _native_backward = Native("attention_backward")
 
@@ -87,6 +156,74 @@ def _flash_accepts(first: Tensor, *rest) -> str | None:
     return None
 
 
+def _qkv(first: Tensor, *rest) -> Tensor:
+    """Of the arguments of the forward pass, (qkv, ...), or the backward pass, (grad, qkv, ...)."""
+    return first if first.ndim == 5 else rest[0]
+
+
+def _triton_accepts(*args) -> str | None:
+    qkv, scale = _qkv(*args), args[-1]
+    if qkv.dtype not in _TRITON_DTYPES:
+        return f"it takes float16 and bfloat16, tiles of wider types do not fit; not {qkv.dtype}"
+    backward = args[0].ndim == 4
+    n, d = qkv.shape[1], qkv.shape[-1]
+    limits = _TRITON_TOKENS_BACKWARD if backward else _TRITON_TOKENS
+    most = next((tokens for head_dim, tokens in limits.items() if d <= head_dim), 0)
+    if not (1 <= n <= most and d >= 1):
+        return f"{n} tokens of head dim {d} do not fit in its registers"
+    capability = compute_capability(qkv.device)
+    if backward and n > 64 and d > 64 and capability and capability[0] not in (9, 10):
+        return f"{n} tokens of head dim {d} do not fit in the registers of this GPU"
+    if not scale > 0:
+        return f"it needs a positive scale, not {scale}"
+    return None
+
+
+def _library() -> str | None:
+    return None if _asked is None else _ASKED[_asked][1]
+
+
+def _library_accepts(*args) -> str | None:
+    qkv = _qkv(*args)
+    reason = libraries.refuses(_library(), qkv)
+    if reason is None and _asked is None and forced_backend() is None:
+        choice = gpu_choice(qkv.shape[1], qkv.shape[-1])
+        if choice.backend == "triton" and _triton_accepts(*args) is None:
+            return f"auto takes triton here: {choice.evidence}"
+    return reason
+
+
+def gpu_choice(tokens: int, head_dim: int) -> Choice:
+    """What ``auto`` takes on a GPU for this shape, and why.
+
+    Args:
+        tokens: N.
+        head_dim: D.
+
+    Returns:
+        The row of :data:`GPU_TABLE`; without one, PyTorch's kernels.
+    """
+    for choice in GPU_TABLE:
+        if tokens <= choice.tokens and head_dim <= choice.head_dim:
+            return choice
+    return Choice(tokens, head_dim, "cuda", "not in the table")
+
+
+def _attention_library(qkv: Tensor, scale: float) -> tuple[Tensor, Tensor]:
+    return libraries.attention(_library(), qkv, scale)
+
+
+def _attention_library_backward(
+    grad: Tensor, qkv: Tensor, out: Tensor, lse: Tensor, scale: float
+) -> Tensor:
+    return libraries.attention_backward(_library(), grad, qkv, out, lse, scale)
+
+
+def _override() -> tuple[str, str] | None:
+    """The backend asked for by FASTMIM_ATTENTION, and the words for it."""
+    return None if _asked is None else (_ASKED[_asked][0], f"FASTMIM_ATTENTION={_asked}")
+
+
 def _lse_dtype(dtype: torch.dtype) -> torch.dtype:
     return torch.float64 if dtype == torch.float64 else torch.float32
 
@@ -133,8 +270,15 @@ SHAPES = {
     "edge_encoder": dict(b=1, n=50, h=2, d=64),
     "edge_h14": dict(b=1, n=65, h=1, d=80),
     "edge_decoder": dict(b=1, n=197, h=1, d=32),
+    "edge_two_chunks": dict(b=1, n=80, h=1, d=48),
+    "edge_decoder_h14": dict(b=1, n=257, h=1, d=32),
     "encoder_l": dict(b=256, n=50, h=16, d=64),
+    "encoder_h16": dict(b=256, n=50, h=16, d=80),
+    "encoder_h14": dict(b=256, n=65, h=16, d=80),
+    "encoder_l14": dict(b=256, n=65, h=16, d=64),
     "decoder": dict(b=256, n=197, h=16, d=32),
+    "decoder_h14": dict(b=256, n=257, h=16, d=32),
+    "image_l": dict(b=256, n=197, h=16, d=64),
 }
 
 _attention = Op(
@@ -143,9 +287,12 @@ _attention = Op(
     implementations={
         "reference": reference.attention,
         "cpp": Implementation(_attention_cpu, accepts=_flash_accepts),
+        "triton": Implementation("fastmim.kernels.attention:attention", accepts=_triton_accepts),
+        "cuda": Implementation(_attention_library, accepts=_library_accepts),
     },
     shapes=SHAPES,
     make=_make,
+    override=_override,
     setup_context=_save_for_attention,
     backward=_attention_backward,
 )
@@ -155,7 +302,12 @@ _backward = Op(
     implementations={
         "reference": reference.attention_backward,
         "cpp": Implementation(_attention_cpu_backward, accepts=_flash_accepts),
+        "triton": Implementation(
+            "fastmim.kernels.attention:attention_backward", accepts=_triton_accepts
+        ),
+        "cuda": Implementation(_attention_library_backward, accepts=_library_accepts),
     },
     shapes=SHAPES,
     make=_make_backward,
+    override=_override,
 )
