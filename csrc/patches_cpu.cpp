@@ -220,20 +220,15 @@ struct Terms {
   double consistency[LANES] = {};
 };
 
-struct Weights {
-  double gamma;
-  double gradient;  // 2 / (number of values)
-};
-
-// Adds one row to `terms` and writes its gradient.
+// Adds one row to `terms` and writes the direction of its gradient: without the factor 2 / (number
+// of values).
 template <bool TEACHER, typename W>
 FASTMIM_INLINE void add_row(const W* __restrict__ pred, const W* __restrict__ teacher,
-                            const double* __restrict__ target, int64_t size, const Weights& weights,
-                            W* __restrict__ grad, Terms& terms) {
+                            const double* __restrict__ target, int64_t size, double gamma,
+                            W* __restrict__ direction, Terms& terms) {
   double pixel[LANES], consistency[LANES];
   std::copy(terms.pixel, terms.pixel + LANES, pixel);
   std::copy(terms.consistency, terms.consistency + LANES, consistency);
-  const Weights w = weights;
   const auto add = [&](int lane, int64_t i) __attribute__((always_inline)) {
     const double value = static_cast<double>(pred[i]);
     double error = value - target[i];
@@ -241,9 +236,9 @@ FASTMIM_INLINE void add_row(const W* __restrict__ pred, const W* __restrict__ te
     if constexpr (TEACHER) {
       const double distance = value - static_cast<double>(teacher[i]);
       consistency[lane] += distance * distance;
-      error += w.gamma * distance;
+      error += gamma * distance;
     }
-    grad[i] = static_cast<W>(error * w.gradient);
+    direction[i] = static_cast<W>(error);
   };
   int64_t i = 0;
   for (; i + LANES <= size; i += LANES)
@@ -255,7 +250,7 @@ FASTMIM_INLINE void add_row(const W* __restrict__ pred, const W* __restrict__ te
 
 template <bool TEACHER, typename S, typename P>
 Terms add_rows(const Patches<S>& patches, bool norm_pix, const P* pred, const P* teacher,
-               int64_t rows, const Weights& weights, P* grad) {
+               int64_t rows, double gamma, P* direction) {
   using W = Wide<P>;
   constexpr bool STAGED = !std::is_same_v<P, W>;
   const int64_t size = patches.size();
@@ -269,7 +264,7 @@ Terms add_rows(const Patches<S>& patches, bool norm_pix, const P* pred, const P*
     const auto count = static_cast<size_t>(size);
     std::vector<Wide<S>> pixels(count);
     std::vector<double> target(count);
-    std::vector<W> wide_pred(STAGED ? count : 0), wide_grad(STAGED ? count : 0);
+    std::vector<W> wide_pred(STAGED ? count : 0), wide_direction(STAGED ? count : 0);
     std::vector<W> wide_teacher(STAGED && TEACHER ? count : 0);
     for (int64_t i = begin * SUMMED_ROWS; i < std::min(rows, end * SUMMED_ROWS); ++i) {
       patches.load_to(i, pixels.data());
@@ -280,11 +275,11 @@ Terms add_rows(const Patches<S>& patches, bool norm_pix, const P* pred, const P*
       if constexpr (STAGED) {
         widen(row, size, wide_pred.data());
         if constexpr (TEACHER) widen(teacher_row, size, wide_teacher.data());
-        add(wide_pred.data(), wide_teacher.data(), target.data(), size, weights, wide_grad.data(),
-            terms);
-        narrow(wide_grad.data(), size, grad + i * size);
+        add(wide_pred.data(), wide_teacher.data(), target.data(), size, gamma,
+            wide_direction.data(), terms);
+        narrow(wide_direction.data(), size, direction + i * size);
       } else {
-        add(row, teacher_row, target.data(), size, weights, grad + i * size, terms);
+        add(row, teacher_row, target.data(), size, gamma, direction + i * size, terms);
       }
     }
   });
@@ -314,8 +309,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> patch_loss_cpu(
   const Ids positions("patch_loss", "ids", ids, count_patches(imgs, patch_size));
   const int64_t kept = ids.size(1), rows = imgs.size(0) * kept;
   const auto count = static_cast<double>(std::max<int64_t>(pred.numel(), 1));
-  const Weights weights{gamma, 2 / count};
-  const Tensor grad =
+  const Tensor direction =
       torch::stable::new_empty(pred, {pred.size(0), pred.size(1), pred.size(2)});
   const Tensor students = packed(pred);
   const Tensor teachers = teacher_pred ? packed(*teacher_pred) : students;
@@ -325,8 +319,8 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> patch_loss_cpu(
     return for_floating(pred.scalar_type(), [&](auto pred_type) {
       using P = typename decltype(pred_type)::type;
       const auto run = teacher_pred ? add_rows<true, S, P> : add_rows<false, S, P>;
-      return run(patches, norm_pix, data<P>(students), data<P>(teachers), rows, weights,
-                 mutable_data<P>(grad));
+      return run(patches, norm_pix, data<P>(students), data<P>(teachers), rows, gamma,
+                 mutable_data<P>(direction));
     });
   });
   const bool precise =
@@ -334,7 +328,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> patch_loss_cpu(
   const ScalarType dtype = precise ? ScalarType::Double : ScalarType::Float;
   const double pixel = total(sum.pixel) / count, consistency = total(sum.consistency) / count;
   return {scalar(pred, pixel + gamma * consistency, dtype), scalar(pred, pixel, dtype),
-          scalar(pred, consistency, dtype), grad};
+          scalar(pred, consistency, dtype), direction};
 }
 
 }  // namespace

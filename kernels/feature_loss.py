@@ -1,12 +1,12 @@
-"""Loss between predicted and teacher features, and its gradient, in one pass.
+"""Loss between predicted and teacher features, and the direction of its gradient, in one pass.
 
 ``smooth_l1`` and ``cosine``: one program takes a few rows of both, normalises those of the teacher
-in registers and writes the gradient and its part of the loss. ``cosine_token``: statistics of the
+in registers and writes the direction and its part of the loss. ``cosine_token``: statistics of the
 teacher's tokens first, then one program for each image and block of features, which goes through
-the tokens twice: for the three sums of the similarity, and for the gradient. Another launch adds
+the tokens twice: for the three sums of the similarity, and for the direction. Another launch adds
 the parts of the loss.
 
-Memory bound: pred, target and the gradient pass once; with ``cosine_token`` target is read three
+Memory bound: pred, target and the direction pass once; with ``cosine_token`` target is read three
 times and pred twice, the last time from the cache. Nothing of the normalised target is written.
 One writer per output and no atomics: deterministic.
 """
@@ -53,9 +53,10 @@ def _target_row(row, inside, ids_ptr, M, N):
 @triton.jit
 def _cosine(xx, zz, xz):
     """Similarity, and the factors of x and z in its gradient, from the sums of squares."""
-    x_norm = tl.sqrt(xx)
-    inverse = 1.0 / tl.maximum(x_norm, 1e-8)  # as torch's: each norm at least 1e-8
-    toward = inverse / tl.maximum(tl.sqrt(zz), 1e-8)
+    x_norm, z_norm = tl.sqrt(xx), tl.sqrt(zz)
+    # as torch's: each norm at least 1e-8, and a NaN stays
+    inverse = 1.0 / tl.where(x_norm < 1e-8, 1e-8, x_norm)
+    toward = inverse / tl.where(z_norm < 1e-8, 1e-8, z_norm)
     similarity = xz * toward
     return similarity, tl.where(x_norm > 1e-8, similarity * inverse * inverse, 0.0), toward
 
@@ -67,7 +68,7 @@ def _feature_loss_kernel(
     ids_ptr,  # (B, M) or None
     weight_ptr,  # (D,) or None
     bias_ptr,  # (D,) or None
-    grad_ptr,  # (B, M, D)
+    direction_ptr,  # (B, M, D): the gradient of pred times count
     partials_ptr,  # (P,), float64: thousands of terms make one number
     rows,  # B * M
     count,  # terms of the mean
@@ -102,15 +103,17 @@ def _feature_loss_kernel(
         sums = tl.sum(x * x, axis=1), tl.sum(z * z, axis=1), tl.sum(x * z, axis=1)
         similarity, turning, toward = _cosine(sums[0], sums[1], sums[2])
         loss = tl.where(row < rows, 1.0 - similarity, 0.0)
-        grad = turning[:, None] * x - toward[:, None] * z
+        direction = turning[:, None] * x - toward[:, None] * z
     else:
         difference = x - z
         distance = tl.abs(difference)
-        near = distance < BETA
-        loss = tl.where(near, difference * difference * (0.5 / BETA), distance - 0.5 * BETA)
+        curved = difference * difference * (0.5 / BETA)
+        loss = tl.where(distance < BETA, curved, distance - 0.5 * BETA)
         loss = tl.sum(tl.where(inside, loss, 0.0), axis=1)
-        grad = tl.where(near, difference / BETA, tl.where(difference > 0, 1.0, -1.0).to(wide))
-    tl.store(grad_ptr + at, (grad * share.to(wide)).to(grad_ptr.dtype.element_ty), mask=inside)
+        direction = difference / BETA
+        direction = tl.where(direction > 1.0, 1.0, direction)  # a NaN stays
+        direction = tl.where(direction < -1.0, -1.0, direction)
+    tl.store(direction_ptr + at, direction.to(direction_ptr.dtype.element_ty), mask=inside)
     tl.store(partials_ptr + program, tl.sum(loss.to(tl.float64), axis=0) * share)
 
 
@@ -164,7 +167,7 @@ def _feature_loss_token_kernel(
     rstd_ptr,  # (B, M) or None
     weight_ptr,  # (D,) or None
     bias_ptr,  # (D,) or None
-    grad_ptr,  # (B, M, D)
+    direction_ptr,  # (B, M, D): the gradient of pred times count
     partials_ptr,  # (P,), float64: thousands of terms make one number
     count,  # terms of the mean
     M,
@@ -206,10 +209,10 @@ def _feature_loss_token_kernel(
             pred_ptr, target_ptr, ids_ptr, mean_ptr, rstd_ptr, weight_ptr, bias_ptr,
             image, m, d, M, N, D, wide,
         )  # fmt: skip
-        grad = (turning[None, :] * x - toward[None, :] * z) * share.to(wide)
+        direction = turning[None, :] * x - toward[None, :] * z
         tl.store(
-            grad_ptr + (image * M + m)[:, None] * D + d[None, :],
-            grad.to(grad_ptr.dtype.element_ty),
+            direction_ptr + (image * M + m)[:, None] * D + d[None, :],
+            direction.to(direction_ptr.dtype.element_ty),
             mask=(m < M)[:, None] & (d < D)[None, :],
         )
 
@@ -235,19 +238,19 @@ def feature_loss(
     kind: str,
     beta: float,
 ) -> tuple[Tensor, Tensor]:
-    grad = torch.empty(pred.shape, device=pred.device, dtype=pred.dtype)
-    if not grad.numel():
-        return pred.new_zeros((), dtype=_wide(pred, target)), grad
+    direction = torch.empty(pred.shape, device=pred.device, dtype=pred.dtype)
+    if not direction.numel():
+        return pred.new_zeros((), dtype=_wide(pred, target)), direction
     pred, target, ids, weight, bias = (
         None if t is None else t.contiguous() for t in (pred, target, ids, weight, bias)
     )
     launch = _by_token if kind == "cosine_token" else _by_row
     with torch.cuda.device_of(pred):
-        partials = launch(pred, target, ids, normalize, weight, bias, kind, beta, grad)
-    return sum_partials(partials[:, None], _wide(pred, target)).reshape(()), grad
+        partials = launch(pred, target, ids, normalize, weight, bias, kind, beta, direction)
+    return sum_partials(partials[:, None], _wide(pred, target)).reshape(()), direction
 
 
-def _by_row(pred, target, ids, normalize, weight, bias, kind, beta, grad) -> Tensor:
+def _by_row(pred, target, ids, normalize, weight, bias, kind, beta, direction) -> Tensor:
     b, m, d = pred.shape
     blocks = _blocks(d)
     partials = pred.new_empty(triton.cdiv(b * m, blocks["BLOCK_ROWS"]), dtype=torch.float64)
@@ -257,7 +260,7 @@ def _by_row(pred, target, ids, normalize, weight, bias, kind, beta, grad) -> Ten
         ids,
         weight,
         bias,
-        grad,
+        direction,
         partials,
         b * m,
         b * m if kind == "cosine" else b * m * d,
@@ -273,7 +276,7 @@ def _by_row(pred, target, ids, normalize, weight, bias, kind, beta, grad) -> Ten
     return partials
 
 
-def _by_token(pred, target, ids, normalize, weight, bias, kind, beta, grad) -> Tensor:
+def _by_token(pred, target, ids, normalize, weight, bias, kind, beta, direction) -> Tensor:
     b, m, d = pred.shape
     n = target.shape[1]
     mean = rstd = None
@@ -295,7 +298,7 @@ def _by_token(pred, target, ids, normalize, weight, bias, kind, beta, grad) -> T
         rstd,
         weight,
         bias,
-        grad,
+        direction,
         partials,
         b * d,
         m,

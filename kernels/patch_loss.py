@@ -1,7 +1,7 @@
-"""Reconstruction loss of the masked patches and the gradient of the prediction, in one pass.
+"""Reconstruction loss of the masked patches and the direction of its gradient, in one pass.
 
 A fixed number of programs walk over the rows of ``pred``; a row of P = p * p * C values (or several
-short ones) is held in registers from the first pixel read to the gradient written. The target is
+short ones) is held in registers from the first pixel read to the direction written. The target is
 computed from the image and never stored: P * (itemsize of a pixel + 2 * itemsize of pred) bytes a
 row, and one more itemsize with a teacher. A second, small launch adds the partial sums of the
 programs. No atomics and a fixed order: deterministic.
@@ -14,7 +14,6 @@ from torch import Tensor
 
 # Unfused, each operation rounds as in the reference.
 OPTIONS = {"enable_fp_fusion": False}
-MAX_PATCH = 8192  # values of a row that fit in the registers of a program
 TILE = 1024  # values of several short rows together
 MAX_PROGRAMS = 4096  # enough to fill a large GPU; each leaves two partial sums
 
@@ -36,10 +35,9 @@ def _patch_loss_kernel(
     teacher_ptr,  # (B * M, P) or None
     scale_ptr,  # (C,) or None
     shift_ptr,  # (C,) or None
-    grad_ptr,  # (B * M, P)
+    direction_ptr,  # (B * M, P): the gradient of pred times half the number of predictions
     partial_ptr,  # (2, programs): squared errors, squared distances to the teacher
     gamma: tl.float64,
-    grad_factor: tl.float64,  # 2 / number of predictions
     num_rows,  # B * M
     programs,
     M,
@@ -92,8 +90,7 @@ def _patch_loss_kernel(
             distance = pred - tl.load(teacher_ptr + values, mask=mask, other=0).to(WIDE)
             teacher_distance += distance * distance
             error += tl.full((), gamma, WIDE) * distance
-        grad = error * tl.full((), grad_factor, WIDE)
-        tl.store(grad_ptr + values, grad.to(grad_ptr.dtype.element_ty), mask=mask)
+        tl.store(direction_ptr + values, error.to(direction_ptr.dtype.element_ty), mask=mask)
     tl.store(partial_ptr + program, tl.sum(pixel_error))
     tl.store(partial_ptr + programs + program, tl.sum(teacher_distance))
 
@@ -131,11 +128,11 @@ def patch_loss(
     shift: Tensor | None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     b, m, size = pred.shape
-    grad = torch.empty(b, m, size, device=pred.device, dtype=pred.dtype)
+    direction = torch.empty(b, m, size, device=pred.device, dtype=pred.dtype)
     wide = torch.float64 if torch.float64 in (pred.dtype, imgs.dtype) else torch.float32
     total, pixel, consistency = (torch.empty((), device=pred.device, dtype=wide) for _ in range(3))
     if not pred.numel():
-        return total.zero_(), pixel.zero_(), consistency.zero_(), grad
+        return total.zero_(), pixel.zero_(), consistency.zero_(), direction
     block = triton.next_power_of_2(size)
     rows = max(TILE // block, 1)
     programs = min(triton.cdiv(b * m, rows), MAX_PROGRAMS)
@@ -148,10 +145,9 @@ def patch_loss(
             None if teacher_pred is None else teacher_pred.contiguous(),
             None if scale is None else scale.contiguous(),
             None if shift is None else shift.contiguous(),
-            grad,
+            direction,
             partial,
             gamma,
-            2 / pred.numel(),
             b * m,
             programs,
             m,
@@ -177,4 +173,4 @@ def patch_loss(
             num_warps=4,
             **OPTIONS,
         )
-    return total, pixel, consistency, grad
+    return total, pixel, consistency, direction

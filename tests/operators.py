@@ -13,13 +13,14 @@ from fastmim.ops._registry import Op
 from tests import accuracy
 
 EXACT = {"gather_tokens", "scatter_tokens", "sample_masks"}
-ROUNDING = {"restore_tokens"}
+ROUNDING = {"restore_tokens", "scale"}
 # Arguments that get a gradient; every floating-point tensor of an operator not named here.
 DIFFERENTIABLE = {
     "gather_patches": {"imgs"},
     "patch_loss": {"pred"},
     "feature_loss": {"pred"},
     "crop_resize": set(),
+    "scale": set(),
 }
 # Their state is float32 or float64, see test_sixteen_bit_state_is_refused.
 IN_PLACE = {name for name, op in OPS.items() if op.overload._schema.is_mutable}

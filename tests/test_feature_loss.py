@@ -61,7 +61,7 @@ def test_nothing_of_the_target_is_kept(device):
 
     with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
         feature_loss(pred, target, kind="smooth_l1")
-    assert [t.shape for t in kept] == [pred.shape]  # the gradient of pred
+    assert [t.shape for t in kept] == [pred.shape]  # the direction of its gradient
 
 
 def test_a_token_of_zeros_has_a_finite_gradient(device):

@@ -125,6 +125,7 @@ _SIZES: dict[str, Callable[..., dict]] = {
     "linear": _linear,
     "linear_weight_grad": _linear,
     "patch_loss": _patch_loss,
+    "scale": _rows,
     "feature_loss": _feature_loss,
     "sample_crops": lambda draw: dict(b=draw(_SMALL), h=draw(_POSITIVE), w=draw(_POSITIVE)),
     "crop_resize": _resized,

@@ -7,6 +7,7 @@ from fastmim.ops import reference
 from fastmim.ops._limits import refuse_rows
 from fastmim.ops._registry import Implementation, Op
 from fastmim.ops.gather import random_ids
+from fastmim.ops.scale import scale
 
 KINDS = ("smooth_l1", "cosine", "cosine_token")
 
@@ -31,7 +32,9 @@ def feature_loss(
     * ``cosine_token``: the same taken over the tokens of an image, for each feature, as SdAE's
       released code does.
 
-    The gradient of ``pred`` is made in the forward pass; no normalised target is kept.
+    The gradient of ``pred`` is made in the forward pass but for a factor, which the backward pass
+    applies before it rounds to the dtype of ``pred``: it reads and writes the gradient once more.
+    No normalised target is kept.
 
     Args:
         pred: (B, M, D), floating point.
@@ -86,14 +89,17 @@ def _fake_feature_loss(pred, target, ids, normalize, weight, bias, kind, beta):
 
 
 def _save_for_feature_loss(ctx, inputs, output):
-    _, grad_pred = output
-    ctx.save_for_backward(grad_pred)
-    ctx.mark_non_differentiable(grad_pred)
+    _, direction = output
+    ctx.save_for_backward(direction)
+    ctx.mark_non_differentiable(direction)
+    ctx.kind = inputs[6]
 
 
 def _feature_loss_backward(ctx, grad, _):
-    (grad_pred,) = ctx.saved_tensors
-    return (grad_pred * grad.to(grad_pred.dtype), *(None,) * 7)
+    (direction,) = ctx.saved_tensors
+    b, m, d = direction.shape
+    terms = {"smooth_l1": b * m * d, "cosine": b * m, "cosine_token": b * d}[ctx.kind]
+    return (scale(direction, grad / max(terms, 1)), *(None,) * 7)
 
 
 def _refuse(pred, target, ids, normalize, weight, bias, kind, beta):

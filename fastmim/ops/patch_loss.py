@@ -9,6 +9,7 @@ from fastmim.ops import reference
 from fastmim.ops._registry import Implementation, Native, Op
 from fastmim.ops.gather import random_ids
 from fastmim.ops.patches import FLOATS, check_ids, check_images, check_pixels, random_images
+from fastmim.ops.scale import scale as scale_by
 
 
 class PatchLoss(NamedTuple):
@@ -35,8 +36,11 @@ def patch_loss(
 
     MAE (arXiv:2111.06377, sec. 3): ``target`` are the pixels of the masked patches, normalised per
     patch with the unbiased variance and eps 1e-6 inside the root if ``norm_pix``. RC-MAE
-    (arXiv:2210.02077, sec. 3) adds the distance to the teacher's prediction, un-normalised. The
-    gradient of ``pred`` is made in the forward pass; no target is kept.
+    (arXiv:2210.02077, sec. 3) adds the distance to the teacher's prediction, un-normalised.
+
+    The gradient of ``pred`` is made in the forward pass but for a factor, which the backward pass
+    applies before it rounds to the dtype of ``pred``: it reads and writes the gradient once more.
+    No target is kept.
 
     Args:
         pred: (B, M, p * p * C), floating point: predictions for ``ids``, channel fastest.
@@ -88,17 +92,17 @@ def _fake_patch_loss(pred, imgs, ids, patch_size, norm_pix, teacher_pred, gamma,
 
 
 def _save_for_patch_loss(ctx, inputs, output):
-    _, pixel, consistency, grad_pred = output
-    ctx.save_for_backward(grad_pred)
-    ctx.mark_non_differentiable(pixel, consistency, grad_pred)
+    _, pixel, consistency, direction = output
+    ctx.save_for_backward(direction)
+    ctx.mark_non_differentiable(pixel, consistency, direction)
     ctx.set_materialize_grads(False)
 
 
 def _patch_loss_backward(ctx, grad, *_):
     grad_pred = None
     if grad is not None:
-        (grad_pred,) = ctx.saved_tensors
-        grad_pred = grad_pred * grad.to(grad_pred.dtype)
+        (direction,) = ctx.saved_tensors
+        grad_pred = scale_by(direction, grad * (2 / max(direction.numel(), 1)))
     return (grad_pred, *(None,) * 8)
 
 

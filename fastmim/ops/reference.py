@@ -197,8 +197,12 @@ def patch_loss(
         distance = pred.to(wide) - teacher_pred
         consistency = distance.square().sum() / count
         error = error + gamma * distance
-    grad = (error * (2 / count)).to(pred.dtype).contiguous()
-    return pixel + gamma * consistency, pixel, consistency, grad
+    direction = error.to(pred.dtype).contiguous()  # of the gradient, without its factor 2 / count
+    return pixel + gamma * consistency, pixel, consistency, direction
+
+
+def scale(x: Tensor, factor: Tensor) -> Tensor:
+    return (x.to(factor.dtype) * factor).to(x.dtype).contiguous()
 
 
 def _wide(x: Tensor) -> Tensor:
@@ -315,8 +319,8 @@ def feature_loss(
         count = max(pred.numel(), 1)
         d = x - z
         loss = torch.where(d.abs() < beta, d.square() * (0.5 / beta), d.abs() - 0.5 * beta)
-        grad = (d / beta).clamp(-1.0, 1.0)
-        return loss.sum() / count, (grad / count).to(pred.dtype).contiguous()
+        direction = (d / beta).clamp(-1.0, 1.0)  # of the gradient, without its factor 1 / count
+        return loss.sum() / count, direction.to(pred.dtype).contiguous()
     dim = -1 if kind == "cosine" else 1
     count = max(pred.numel() // max(pred.shape[dim], 1), 1)
     # as torch's cosine_similarity: each norm at least 1e-8
@@ -325,9 +329,9 @@ def feature_loss(
     inverse = 1 / x_norm.clamp(min=1e-8)
     similarity = (x * z).sum(dim, keepdim=True) * inverse / z_norm
     turning = torch.where(x_norm > 1e-8, similarity * inverse, 0.0) * x * inverse
-    grad = (turning - z * inverse / z_norm) / count
+    direction = turning - z * inverse / z_norm
     loss = float(pred.numel() > 0) - similarity.sum() / count
-    return loss, grad.to(pred.dtype).contiguous()
+    return loss, direction.to(pred.dtype).contiguous()
 
 
 def _multiply_64(a: int, b: Tensor) -> tuple[Tensor, Tensor]:
