@@ -20,6 +20,34 @@ from fastmim.ops import OPS
 ROOT = Path(__file__).parents[1]
 NAME = "gpu-check"
 SECONDS = 520  # of 540: the first lines and the table take some too
+
+# Name of a stage to its files in tests/ and its seconds, the most important first.
+TESTS: dict[str, tuple[tuple[str, ...], dict]] = {
+    # Short without a test of CPUs, and alone in comparing the bits of CPU and GPU by storage.
+    "test_native": (
+        ("test_native.py",),
+        dict(budget=50, least=20, words=("-k", "not instruction_sets")),
+    ),
+    "test_ops": (("test_ops.py",), dict(budget=170, least=60)),
+    "test_gpu": (("test_gpu.py",), dict(budget=110, least=40)),
+    "special cases": (
+        (
+            "test_norm.py",
+            "test_masking.py",
+            "test_feature_loss.py",
+            "test_augment_op.py",
+            "test_memory_modes.py",
+        ),
+        dict(budget=60, least=20),
+    ),
+    "test_compile": (("test_compile.py",), dict(budget=80, least=20)),
+    "test_fuzz": (("test_fuzz.py",), dict(budget=40, least=10)),
+}
+# Files that ask for the device under test and run nothing on a GPU, with the reason.
+TESTS_LEFT_OUT = {
+    "test_interpreter.py": "of Triton's interpreter, which serves where there is no GPU",
+}
+
 _FOUND = 9  # exit status of compute-sanitizer when it has found something
 
 # An out-of-bounds write. A sanitizer that may attach reports it, and one that does not is no use.
@@ -86,15 +114,8 @@ def plan(folder: Path, rows: Path, device: torch.device) -> list[Stage]:
     )
     stages = [_build(folder, library, device)] if missing else []
     stages += [
-        tests("test_ops", [ROOT / "tests/test_ops.py"], budget=200, least=60, **common),
-        tests("test_gpu", [ROOT / "tests/test_gpu.py"], budget=110, least=40, **common),
-        tests(
-            "test_nn and test_golden",
-            [ROOT / "tests/test_nn.py", ROOT / "tests/test_golden.py"],
-            budget=40,
-            least=15,
-            **common,
-        ),
+        run_of_tests(name, [ROOT / "tests" / file for file in files], **seconds, **common)
+        for name, (files, seconds) in TESTS.items()
     ]
     stages += _sanitizer(folder, common)
     for name, words, budget, least in (
@@ -125,10 +146,12 @@ def _build(folder: Path, library: Path, device: torch.device) -> Stage:
     return Stage("build", command, 180, 60, variables=variables, folder=ROOT)
 
 
-def tests(name: str, files: list[Path], *, folder: Path, **about) -> Stage:
-    """A run of pytest on ``files``, read from its report."""
+def run_of_tests(
+    name: str, files: list[Path], *, folder: Path, words: tuple[str, ...] = (), **about
+) -> Stage:
+    """A run of pytest on ``files``, read from its report; ``words`` are further options of it."""
     report = folder.parent / f"{name}.xml"
-    command = [sys.executable, *_pytest(files), f"--junitxml={report}"]
+    command = [sys.executable, *_pytest(files), *words, f"--junitxml={report}"]
     return Stage(name, command, folder=folder, judge=partial(by_report, report), **about)
 
 

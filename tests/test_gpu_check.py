@@ -1,5 +1,6 @@
 """The suite gpu-check as far as it goes without a GPU: its stages, and how it reads them."""
 
+import ast
 import importlib
 import json
 import subprocess
@@ -113,12 +114,12 @@ def test_a_failing_test_is_counted_and_named(modules, run_stages, tmp_path):
         "def test_skipped(): pytest.skip('no reason')\n"
     )
     about = dict(budget=60, least=1, folder=tmp_path / "empty", variables={"PYTHONPATH": str(ROOT)})
-    stage = gpu_check.tests("planted", [file], **about)
+    stage = gpu_check.run_of_tests("planted", [file], **about)
     row = run_stages([stage])["planted"]
     assert row["status"] == "failed"
     assert (row["passed"], row["failed"], row["skipped"]) == (1, 1, 1)
     assert [name.rpartition("::")[2] for name in row["failures"]] == ["test_bad"]
-    stage = gpu_check.tests("gone", [tmp_path / "test_gone.py"], **about)
+    stage = gpu_check.run_of_tests("gone", [tmp_path / "test_gone.py"], **about)
     assert run_stages([stage])["gone"]["status"] == "failed"
 
 
@@ -128,7 +129,7 @@ def test_an_interrupted_run_of_tests_reports_what_it_knows(modules, run_stages, 
     file = tmp_path / "test_slow.py"
     file.write_text("import time\ndef test_good(): pass\ndef test_slow(): time.sleep(60)\n")
     about = dict(budget=20, least=1, folder=tmp_path / "empty")
-    row = run_stages([gpu_check.tests("slow", [file], **about)])["slow"]
+    row = run_stages([gpu_check.run_of_tests("slow", [file], **about)])["slow"]
     assert row["status"] == "timed out"
     assert (row["passed"], row["failed"]) == (1, 0)
     assert row["failures"] == [f"{file}:3: KeyboardInterrupt"]
@@ -172,6 +173,60 @@ def test_the_plan_builds_for_the_gpu_at_hand_and_fits_into_its_time(modules, mon
         assert stage.needs in ("build", "compute-sanitizer")
         assert not list(stage.folder.iterdir())
     assert sum(stage.least for stage in plan) < gpu_check.SECONDS < 9 * 60
+
+
+def asks_for_the_gpu(source: str) -> bool:
+    """Whether a file of tests has some that are others, or more, where there is a GPU."""
+    nodes = list(ast.walk(ast.parse(source)))
+    functions = [node for node in nodes if isinstance(node, ast.FunctionDef)]
+    names = {node.id for node in nodes if isinstance(node, ast.Name)}
+    return (
+        bool({"needs_cuda", "DEVICE"} & names)
+        or any(ast.unparse(node) == "conftest.DEVICE" for node in nodes)
+        or any(
+            argument.arg == "device" for f in functions if is_test(f) for argument in f.args.args
+        )
+    )
+
+
+def is_test(function: ast.FunctionDef) -> bool:
+    decorators = [ast.unparse(decorator) for decorator in function.decorator_list]
+    return function.name.startswith("test_") or any("fixture" in d for d in decorators)
+
+
+@pytest.mark.parametrize(
+    ("source", "asks"),
+    [
+        ("def test_any(backend, device): pass", True),
+        ("@pytest.fixture\ndef batch(device): pass", True),
+        ("@needs_cuda\ndef test_any(): pass", True),
+        ("from tests.conftest import DEVICE\nx = torch.zeros(2, device=DEVICE)", True),
+        ("def usable(device): pass\ndef test_any(): usable(torch.device('cpu'))", False),
+    ],
+)
+def test_a_file_that_asks_for_the_gpu_is_recognised(source, asks):
+    assert asks_for_the_gpu(source) == asks
+
+
+def test_every_test_of_the_gpu_has_a_stage_or_a_reason(modules):
+    gpu_check, _ = modules
+    stages = [file for files, _ in gpu_check.TESTS.values() for file in files]
+    named = [*stages, *gpu_check.TESTS_LEFT_OUT]
+    assert len(named) == len(set(named))
+    ask = {f.name for f in (ROOT / "tests").glob("*.py") if asks_for_the_gpu(f.read_text())}
+    # They define the device and serve the others.
+    assert ask - {"conftest.py", "operators.py"} == set(named)
+
+
+def test_files_are_run_as_they_are_named(modules, monkeypatch, tmp_path):
+    gpu_check, _ = modules
+    monkeypatch.setattr(gpu_check, "missing_kernels", lambda device: None)
+    plan = gpu_check.plan(tmp_path, tmp_path / "rows.jsonl", torch.device("cuda"))
+    for name, (files, _) in gpu_check.TESTS.items():
+        (stage,) = [stage for stage in plan if stage.name == name]
+        run = [Path(word) for word in stage.command if word.endswith(".py")]
+        assert run == [ROOT / "tests" / file for file in files]
+    assert [stage.name for stage in plan][: len(gpu_check.TESTS)] == list(gpu_check.TESTS)
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
