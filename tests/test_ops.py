@@ -18,6 +18,7 @@ from fastmim.ops import (
     gather_patches,
     join_storage,
     patch_loss,
+    patchify,
     split_storage,
     use_backend,
 )
@@ -593,6 +594,51 @@ def test_patch_positions_must_fit_the_images(ids):
         patch_loss(pred, imgs, ids, 4, norm_pix=True)
     with pytest.raises(ValueError, match=r"gather_patches: expected ids \(B, K\) of int64"):
         gather_patches(imgs, ids, 4)
+
+
+@pytest.mark.parametrize("patch_size", [0, -2])
+def test_a_patch_size_below_one_is_refused(patch_size):
+    imgs, ids = torch.zeros(1, 3, 4, 4), torch.zeros(1, 1, dtype=torch.int64)
+    for call in (
+        lambda: gather_patches(imgs, ids, patch_size),
+        lambda: patch_loss(torch.zeros(1, 1, 12), imgs, ids, patch_size, norm_pix=True),
+        lambda: patchify(imgs, patch_size),
+    ):
+        with pytest.raises(ValueError, match=f"patch size of at least 1, got {patch_size}"):
+            call()
+
+
+def test_a_patch_of_one_value_is_not_normalised():
+    pred, imgs = torch.zeros(1, 1, 1), torch.ones(1, 1, 2, 2)
+    ids = torch.zeros(1, 1, dtype=torch.int64)
+    with pytest.raises(ValueError, match="patch_loss: a patch of a single value"):
+        patch_loss(pred, imgs, ids, 1, norm_pix=True)
+    accuracy.exact(patch_loss(pred, imgs, ids, 1, norm_pix=False).total, torch.tensor(1.0))
+
+
+FLOATING = [
+    ("restore_tokens", "x"),
+    ("restore_tokens", "mask_token"),
+    ("restore_tokens", "pos_embed"),
+    ("restore_tokens_backward", "grad"),
+    ("gather_patches", "imgs"),
+    ("gather_patches", "scale"),
+    ("patch_loss", "pred"),
+    ("patch_loss", "imgs"),
+    ("patch_loss", "teacher_pred"),
+    ("feature_loss", "pred"),
+    ("scale", "x"),
+]
+
+
+@pytest.mark.parametrize(("name", "argument"), FLOATING)
+def test_triton_leaves_eight_bit_floats_to_others(name, argument):
+    op = OPS[name]
+    args = list(make(op, "edge", "cpu", torch.float32))
+    where = [s.name for s in op.overload._schema.arguments].index(argument)
+    assert op._refuses("triton", tuple(args)) is None
+    args[where] = args[where].to(torch.float8_e4m3fn)
+    assert "not torch.float8_e4m3fn" in op._refuses("triton", tuple(args))
 
 
 @pytest.mark.parametrize("wrong", ["weight_decay", "step", "skip"])

@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from fastmim.ops import reference
+from fastmim.ops._limits import refuse_rows
 from fastmim.ops._registry import Implementation, Native, Op
 from fastmim.ops.gather import random_ids
 from fastmim.ops.patches import FLOATS, check_ids, check_images, check_pixels, random_images
@@ -69,6 +70,8 @@ def patch_loss(
                 f"patch_loss: expected {name} {expected} for ids {tuple(ids.shape)} and images "
                 f"{tuple(imgs.shape)}, got {tuple(rows.shape)}"
             )
+    if norm_pix and expected[2] < 2:
+        raise ValueError("patch_loss: a patch of a single value cannot be normalised")
     if teacher_pred is not None:
         teacher_pred = teacher_pred.detach()
     total, pixel, consistency, _ = _patch_loss(
@@ -125,9 +128,13 @@ def _shape(b, m, c, h, w, p, teacher=True, norm_pix=True, uint8=False):
     return dict(b=b, m=m, c=c, h=h, w=w, p=p, teacher=teacher, norm_pix=norm_pix, uint8=uint8)
 
 
-def _refuse_large(pred, imgs, ids, patch_size, *rest) -> str | None:
-    if pred.shape[2] > 8192:
-        return f"its kernel holds a patch of at most 8192 values in registers, not {pred.shape[2]}"
+def _triton_patch_loss_accepts(
+    pred, imgs, ids, patch_size, norm_pix, teacher_pred, gamma, scale, shift
+) -> str | None:
+    pixels = None if imgs.dtype == torch.uint8 else imgs
+    reason = refuse_rows(pred, pixels, teacher_pred, scale, shift)
+    if reason is not None:
+        return reason
     channel, row, column = imgs.stride()[1:]
     span = (imgs.shape[1] - 1) * channel + (patch_size - 1) * (row + column)
     if max(span, ids.numel()) >= 2**31:
@@ -142,7 +149,9 @@ _patch_loss = Op(
     fake=_fake_patch_loss,
     implementations={
         "reference": reference.patch_loss,
-        "triton": Implementation("fastmim.kernels.patch_loss:patch_loss", accepts=_refuse_large),
+        "triton": Implementation(
+            "fastmim.kernels.patch_loss:patch_loss", accepts=_triton_patch_loss_accepts
+        ),
         "cpp": Implementation(Native("patch_loss"), accepts=_native_patch_loss_accepts),
     },
     shapes={

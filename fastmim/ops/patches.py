@@ -4,6 +4,7 @@ import torch
 from torch import Tensor
 
 from fastmim.ops import reference
+from fastmim.ops._limits import refuse_types
 from fastmim.ops._registry import Implementation, Native, Op
 from fastmim.ops.gather import random_ids, scatter_tokens
 
@@ -12,8 +13,11 @@ def check_images(function: str, imgs: Tensor, patch_size: int) -> None:
     """Refuse what cannot be cut into square patches.
 
     Raises:
-        ValueError: If ``imgs`` is not (B, C, H, W) with H and W multiples of ``patch_size``.
+        ValueError: If ``patch_size`` is not positive, or ``imgs`` not (B, C, H, W) with H and W
+            multiples of it.
     """
+    if patch_size < 1:
+        raise ValueError(f"{function}: expected a patch size of at least 1, got {patch_size}")
     if imgs.ndim != 4 or imgs.shape[2] % patch_size or imgs.shape[3] % patch_size:
         raise ValueError(
             f"{function}: expected images (B, C, H, W) with H and W divisible by the patch size "
@@ -145,6 +149,10 @@ def _native_gather_patches_accepts(imgs, ids, patch_size, scale, shift, dtype) -
     return None
 
 
+def _triton_gather_patches_accepts(imgs, ids, patch_size, scale, shift, dtype) -> str | None:
+    return refuse_types(None if imgs.dtype == torch.uint8 else imgs, scale, shift, dtype)
+
+
 def _fake_gather_patches(imgs, ids, patch_size, scale, shift, dtype):
     size = imgs.shape[1] * patch_size * patch_size
     return imgs.new_empty(ids.shape[0], ids.shape[1], size, dtype=dtype)
@@ -178,7 +186,9 @@ _gather_patches = Op(
     fake=_fake_gather_patches,
     implementations={
         "reference": reference.gather_patches,
-        "triton": "fastmim.kernels.patches:gather_patches",
+        "triton": Implementation(
+            "fastmim.kernels.patches:gather_patches", accepts=_triton_gather_patches_accepts
+        ),
         "cpp": Implementation(Native("gather_patches"), accepts=_native_gather_patches_accepts),
     },
     shapes={

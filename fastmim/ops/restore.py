@@ -4,6 +4,7 @@ import torch
 from torch import Tensor
 
 from fastmim.ops import reference
+from fastmim.ops._limits import refuse_types
 from fastmim.ops._registry import Implementation, Native, Op
 from fastmim.ops.masking import Masks, masks_from_noise
 from fastmim.ops.patches import FLOATS
@@ -81,6 +82,14 @@ def _native_restore_backward_accepts(grad, ids_shuffle, num_visible) -> str | No
     return None if grad.dtype in FLOATS else f"it takes no {grad.dtype} gradient"
 
 
+def _triton_restore_accepts(x, mask_token, ids_shuffle, ids_restore, pos_embed) -> str | None:
+    return refuse_types(x, mask_token, pos_embed)
+
+
+def _triton_restore_backward_accepts(grad, ids_shuffle, num_visible) -> str | None:
+    return refuse_types(grad)
+
+
 def _make(b, n, k, d, device, dtype):
     noise = torch.rand(b, n, device=device)
     masks = masks_from_noise(noise, k)
@@ -117,7 +126,9 @@ _restore = Op(
         "reference": lambda x, mask_token, _, ids_restore, pos_embed: reference.restore_tokens(
             x, mask_token, ids_restore, pos_embed
         ),
-        "triton": "fastmim.kernels.restore:restore_tokens",
+        "triton": Implementation(
+            "fastmim.kernels.restore:restore_tokens", accepts=_triton_restore_accepts
+        ),
         "cpp": Implementation(Native("restore_tokens"), accepts=_native_restore_accepts),
     },
     shapes=SHAPES,
@@ -131,7 +142,10 @@ _backward = Op(
     fake=_fake_restore_backward,
     implementations={
         "reference": reference.restore_tokens_backward,
-        "triton": "fastmim.kernels.restore:restore_tokens_backward",
+        "triton": Implementation(
+            "fastmim.kernels.restore:restore_tokens_backward",
+            accepts=_triton_restore_backward_accepts,
+        ),
         "cpp": Implementation(
             Native("restore_tokens_backward"), accepts=_native_restore_backward_accepts
         ),
