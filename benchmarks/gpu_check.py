@@ -32,7 +32,9 @@ TESTS: dict[str, tuple[tuple[str, ...], dict]] = {
     "test_gpu": (("test_gpu.py",), dict(budget=110, least=40)),
     "special cases": (
         (
+            "test_attention.py",
             "test_norm.py",
+            "test_loss_gradients.py",
             "test_masking.py",
             "test_feature_loss.py",
             "test_augment_op.py",
