@@ -14,8 +14,8 @@ from fastmim.ops import Masks, ema_update_, num_keep, sample_masks, sample_unifo
 from fastmim.train.config import Recipe
 from fastmim.train.optim import AdamWEMA, lr_at, param_groups
 
-# Narrowest model for which bf16 products gained on a CPU with AVX512-BF16: at width 128 the casts
-# cost more than the products save.
+# Learning in bf16 was compared with fp32 at width 384 (benchmarks/bf16_curve.py); narrower models
+# than this gain as well, but have to ask for it.
 _NARROWEST_BF16_CPU = 256
 
 
