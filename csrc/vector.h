@@ -24,17 +24,17 @@ struct Lanes;
 template <>
 struct Lanes<4> {
   typedef float Float __attribute__((vector_size(16)));
-  typedef int32_t Int __attribute__((vector_size(16)));
+  typedef uint32_t Bits __attribute__((vector_size(16)));
 };
 template <>
 struct Lanes<8> {
   typedef float Float __attribute__((vector_size(32)));
-  typedef int32_t Int __attribute__((vector_size(32)));
+  typedef uint32_t Bits __attribute__((vector_size(32)));
 };
 template <>
 struct Lanes<16> {
   typedef float Float __attribute__((vector_size(64)));
-  typedef int32_t Int __attribute__((vector_size(64)));
+  typedef uint32_t Bits __attribute__((vector_size(64)));
 };
 
 // Kernel<W>::run(args...) with W lanes, compiled for the instruction set that has them.
@@ -69,7 +69,7 @@ void wide(Args&&... args) {
 template <int W>
 struct Vector {
   using Float = typename Lanes<W>::Float;
-  using Int = typename Lanes<W>::Int;
+  using Bits = typename Lanes<W>::Bits;
 
   FASTMIM_INLINE static Float load(const float* p) {
     Float x;
@@ -111,8 +111,8 @@ struct Vector {
     p = p * r + 0.16666513f;
     p = p * r + 0.50000001f;
     p = p * (r * r) + r + 1.0f;
-    const Int exponent = (std::bit_cast<Int>(shifted) - std::bit_cast<int32_t>(ROUND)) << 23;
-    const Float scaled = std::bit_cast<Float>(std::bit_cast<Int>(p) + exponent);
+    const Bits exponent = (std::bit_cast<Bits>(shifted) - std::bit_cast<uint32_t>(ROUND)) << 23;
+    const Float scaled = std::bit_cast<Float>(std::bit_cast<Bits>(p) + exponent);
     // The payload of a NaN would have become an exponent.
     return x != x ? x : x < -87.0f ? Float{} : scaled;
   }
