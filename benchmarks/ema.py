@@ -5,11 +5,21 @@ from collections.abc import Callable, Iterator
 
 import torch
 from measure import interleave, speedup
+from suite import CHECKS, TIMES, Column, Options
 from torch import Tensor
 
 from fastmim import create_model
 from fastmim.ops import OPS, adamw_ema_, ema_update_, use_backend
 
+NAME = "ema"
+# fmt: off
+COLUMNS: list[Column] = [
+    ("shape", "shape", ""), ("operator", "kernel_name", ""), ("program", "kernel_provider", ""),
+    ("values", "x_value", ",d"), *TIMES, ("GB/s", "gb_per_second", ".1f"),
+    ("% of copy", "percent_of_copy", ".0f"), ("vs torch", "vs_peer", ".2f"), *CHECKS,
+]
+# fmt: on
+WORDS = {"op": ["adamw_ema_", "ema_update_"]}
 # Shape to the model whose parameters are updated; the first is in cache, the others are not.
 SHAPES = {
     "tiny32": "mae_vit_micro_patch4",
@@ -102,17 +112,17 @@ class State:
         return calls
 
 
-def run(
-    *,
-    shapes: list[str],
-    device: torch.device,
-    rounds: int,
-    block_seconds: float,
-    smoke: bool,
-    say: Callable[[str], None],
-) -> Iterator[dict]:
+def describe() -> list[str]:
+    return [
+        "suite ema    operators adamw_ema_,ema_update_   programs torch and every backend",
+        *(f"  {name:10} trained parameters of {model}" for name, model in SHAPES.items()),
+    ]
+
+
+def run(options: Options) -> Iterator[dict]:
     """A row for every shape, operator and backend, and one for the copy."""
-    for shape in shapes:
+    device, rounds, say = options.device, options.rounds, options.say
+    for shape in options.shapes:
         with torch.device("meta"):
             model = create_model(SHAPES[shape])
         sizes = [p.shape for p in model.parameters() if p.requires_grad]
@@ -120,14 +130,14 @@ def run(
         say(f"ema {shape}: correctness")
         errors = _errors(sizes, device)
         programs = State(sizes, device).programs()
-        source = torch.ones(_COPIED // 16 if smoke else _COPIED, device=device)
+        source = torch.ones(_COPIED // 16 if options.smoke else _COPIED, device=device)
         target = torch.zeros_like(source)
         programs["copy", "torch"] = lambda s=source, t=target: t.copy_(s)
         say(f"ema {shape}: timing, {rounds} rounds of {len(programs)} programs")
         timings = interleave(
             programs,
             rounds=rounds,
-            block_seconds=block_seconds,
+            block_seconds=options.block_seconds,
             device=device,
             kernels=True,
         )

@@ -51,6 +51,7 @@ class Timing:
         ms = torch.tensor(quiet or every, dtype=torch.float64) * 1e3
         p20, p50, p80 = ms.quantile(torch.tensor([0.2, 0.5, 0.8], dtype=torch.float64)).tolist()
         return dict(
+            status="ok",
             metric_name="ms",
             y_value_50=p50,
             y_value_20=p20,

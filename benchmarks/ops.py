@@ -11,12 +11,23 @@ from typing import NamedTuple
 import torch
 import torch.nn.functional as F
 from measure import interleave, speedup
+from suite import CHECKS, TIMES, Column, Options
 from torch import Tensor
 
 from fastmim import ops
 from fastmim.nn.patch_embed import IMAGENET_MEAN, IMAGENET_STD
 from fastmim.ops import OPS, Masks, use_backend
 
+NAME = "ops"
+# fmt: off
+COLUMNS: list[Column] = [
+    ("shape", "shape", ""), ("operator", "kernel_name", ""), ("program", "kernel_provider", ""),
+    ("dtype", "dtype", ""), *TIMES, ("GB/s", "gb_per_second", ".1f"),
+    ("% of copy", "percent_of_copy", ".0f"), ("vs torch", "vs_peer", ".2f"),
+    ("vs compiled", "vs_compiled", ".2f"), *CHECKS,
+]
+# fmt: on
+WORDS = {"op": list(OPS)}
 _COPIED = 2**26  # float32 values of the copy that shows the bandwidth: beyond any cache
 # Relative error (Euclidean norm) of every result against PyTorch in float64.
 _TOLERANCE = {torch.float32: 1e-5, torch.bfloat16: 2e-2}
@@ -317,38 +328,34 @@ def problems(s: Sizes, device: torch.device) -> Iterator[Problem]:
         )
 
 
-def run(
-    *,
-    shapes: list[str],
-    operators: list[str] | None,
-    compiled: bool,
-    device: torch.device,
-    rounds: int,
-    block_seconds: float,
-    smoke: bool,
-    say: Callable[[str], None],
-) -> Iterator[dict]:
-    """A row for every operator, size and program.
+def describe() -> list[str]:
+    return [
+        "suite ops    operators of fastmim.ops   programs torch, compiled and every backend",
+        *(
+            f"  {name:10} batch {sizes.batch}, {sizes.img_size} px, width {sizes.embed_dim}"
+            for name, sizes in SHAPES.items()
+        ),
+    ]
 
-    Args:
-        operators: Names in OPS; None for all.
-        compiled: Also time plain PyTorch under torch.compile.
-    """
+
+def run(options: Options) -> Iterator[dict]:
+    """A row for every operator, size and program."""
+    device, smoke, compiled = options.device, options.smoke, options.compiled
     source = torch.ones(_COPIED // 16 if smoke else _COPIED, device=device)
     destination = torch.zeros_like(source)
-    for shape in shapes:
+    for shape in options.shapes:
         sizes = SHAPES[shape]._replace(**(dict(batch=2) if smoke else {}))
         for problem in problems(sizes, device):
-            if operators is not None and problem.operator not in operators:
+            if options.operators is not None and problem.operator not in options.operators:
                 continue
-            say(f"ops {shape} {problem.operator}")
+            options.say(f"ops {shape} {problem.operator}")
             programs = _programs(problem, device, compiled)
             errors = _errors(problem, programs, sizes.dtype)
             programs["copy"] = lambda: destination.copy_(source)
             timings = interleave(
                 programs,
-                rounds=rounds,
-                block_seconds=block_seconds,
+                rounds=options.rounds,
+                block_seconds=options.block_seconds,
                 device=device,
                 kernels=True,
             )

@@ -19,43 +19,21 @@ import ops
 import steps
 import torch
 from stages import run_stages
+from suite import Column, Options, Suite, known_words
 
 from fastmim.info import report
-from fastmim.ops import OPS
 from fastmim.train.engine import resolve_device
 
+# The one list of suites, in the order in which they run.
+SUITES: list[Suite] = [ops, steps, ema]
+_BY_NAME = {suite.NAME: suite for suite in SUITES}
 # fmt: off
-# header, field of the row, format
-_TIMES = [("ms", "y_value_50", ".2f"), ("p20", "y_value_20", ".2f"), ("p80", "y_value_80", ".2f")]
-_CHECKS = [("error", "error", ".0e"), ("match", "match", ""), ("kept", "kept_of", "")]
-_COLUMNS = {
-    "step": [
-        ("shape", "shape", ""), ("method", "method", ""), ("program", "kernel_provider", ""),
-        ("dtype", "dtype", ""), ("batch", "x_value", "d"), *_TIMES,
-        ("img/s", "images_per_second", ".2f"), ("vs plain", "vs_peer", ".2f"),
-        ("vs compiled", "vs_compiled", ".2f"), ("vs fp32", "vs_fp32", ".2f"),
-        ("saved MB/img", "saved_mb_per_image", ".2f"), ("peak GiB", "peak_memory_gib", ".2f"),
-        *_CHECKS,
-    ],
-    "ops": [
-        ("shape", "shape", ""), ("operator", "kernel_name", ""), ("program", "kernel_provider", ""),
-        ("dtype", "dtype", ""), *_TIMES, ("GB/s", "gb_per_second", ".1f"),
-        ("% of copy", "percent_of_copy", ".0f"), ("vs torch", "vs_peer", ".2f"),
-        ("vs compiled", "vs_compiled", ".2f"), *_CHECKS,
-    ],
-    "ema": [
-        ("shape", "shape", ""), ("operator", "kernel_name", ""), ("program", "kernel_provider", ""),
-        ("values", "x_value", ",d"), *_TIMES, ("GB/s", "gb_per_second", ".1f"),
-        ("% of copy", "percent_of_copy", ".0f"), ("vs torch", "vs_peer", ".2f"), *_CHECKS,
-    ],
-    gpu_check.NAME: [
-        ("stage", "stage", ""), ("status", "status", ""), ("passed", "passed", "d"),
-        ("failed", "failed", "d"), ("skipped", "skipped", "d"), ("seconds", "seconds", ".0f"),
-        ("reason", "reason", ""),
-    ],
-}
+_STAGES: list[Column] = [
+    ("stage", "stage", ""), ("status", "status", ""), ("passed", "passed", "d"),
+    ("failed", "failed", "d"), ("skipped", "skipped", "d"), ("seconds", "seconds", ".0f"),
+    ("reason", "reason", ""),
+]
 # fmt: on
-_SUITES = {"step": steps, "ops": ops, "ema": ema}
 # On a GPU nobody else takes part of a block, and a call is short.
 _BLOCK_SECONDS = {"cpu": 0.6, "cuda": 0.1}
 _NOTES = (
@@ -126,7 +104,8 @@ def _print_rows(rows: list[dict], about: dict) -> None:
     """A table for each suite, with the machine above and the notes below."""
     print(f"\n{about['gpu_name'] or about['cpu_name']}, {about['threads']} threads, ", end="")
     print(f"torch {about['torch']}, commit {about['commit']}, {about['timestamp']}")
-    for suite, columns in _COLUMNS.items():
+    tables = {**{s.NAME: s.COLUMNS for s in SUITES}, gpu_check.NAME: _STAGES}
+    for suite, columns in tables.items():
         of_suite = [row for row in rows if row["suite"] == suite]
         if of_suite:
             print(f"\nsuite {suite}")
@@ -135,7 +114,7 @@ def _print_rows(rows: list[dict], about: dict) -> None:
 
 
 def _parse() -> argparse.Namespace:
-    known_shapes = list(dict.fromkeys([*steps.SHAPES, *ops.SHAPES, *ema.SHAPES]))
+    known_shapes = list(dict.fromkeys(name for suite in SUITES for name in suite.SHAPES))
     parser = argparse.ArgumentParser(prog="benchmarks/run.py", description=__doc__)
 
     def several(name: str, known: list[str], default: list[str] | None, text: str) -> None:
@@ -150,11 +129,13 @@ def _parse() -> argparse.Namespace:
 
         parser.add_argument(name, type=parse, default=default, metavar="A,B", help=text)
 
-    suites = [*_SUITES, gpu_check.NAME]
-    several("--suite", suites, list(_SUITES), f"suites; default: all but {gpu_check.NAME}")
+    suites = [*_BY_NAME, gpu_check.NAME]
+    several("--suite", suites, list(_BY_NAME), f"suites; default: all but {gpu_check.NAME}")
     several("--shape", known_shapes, None, "shapes; default: those made for the device, see --list")
-    several("--op", list(OPS), None, "operators of suite ops; default: all")
-    several("--method", list(steps.COMPARED), list(steps.COMPARED), "methods of the step")
+    methods = known_words(SUITES, "method")
+    several("--op", known_words(SUITES, "op"), None, "operators; default: all")
+    several("--method", methods, methods, "methods of the step")
+    several("--peer", known_words(SUITES, "peer"), None, "programs to compare with; default: all")
     several("--dtype", ["fp32", "bf16"], ["fp32", "bf16"], "precisions of the step")
     parser.add_argument("--images", choices=["uint8", "float"], default="uint8", help="of the step")
     parser.add_argument("--rounds", type=int, help="blocks of each program; default: 10")
@@ -183,50 +164,38 @@ def _parse() -> argparse.Namespace:
         options.shape = options.shape or ["tiny32"]
     options.rounds = options.rounds or (2 if options.smoke else 10)
     for suite in options.suite:
-        if options.shape is not None and not set(options.shape) & set(_SUITES[suite].SHAPES):
-            parser.error(f"--shape: suite {suite} has {','.join(_SUITES[suite].SHAPES)}")
+        if options.shape is not None and not set(options.shape) & set(_BY_NAME[suite].SHAPES):
+            parser.error(f"--shape: suite {suite} has {','.join(_BY_NAME[suite].SHAPES)}")
     return options
 
 
-def _rows(options: argparse.Namespace, device: torch.device) -> Iterator[dict]:
-    common = dict(
-        device=device,
-        rounds=options.rounds,
-        block_seconds=0.02 if options.smoke else _BLOCK_SECONDS[device.type],
-        smoke=options.smoke,
-        say=_say,
-    )
-    for suite in options.suite:
-        chosen = options.shape or _SUITES[suite].DEFAULT[device.type]
-        shapes = [s for s in _SUITES[suite].SHAPES if s in chosen]
-        if suite == "step":
-            yield from steps.run(
-                shapes=shapes,
-                methods=options.method,
-                dtypes=options.dtype,
-                images=options.images,
-                compiled=options.compile,
-                memory=not options.no_memory,
-                **common,
-            )
-        elif suite == "ops":
-            yield from ops.run(
-                shapes=shapes, operators=options.op, compiled=options.compile, **common
-            )
-        else:
-            yield from ema.run(shapes=shapes, **common)
+def _rows(asked: argparse.Namespace, device: torch.device) -> Iterator[dict]:
+    for name in asked.suite:
+        suite = _BY_NAME[name]
+        chosen = asked.shape or suite.DEFAULT[device.type]
+        options = Options(
+            device=device,
+            shapes=[shape for shape in suite.SHAPES if shape in chosen],
+            methods=asked.method,
+            dtypes=asked.dtype,
+            models=None,
+            batch=None,
+            peers=asked.peer,
+            operators=asked.op,
+            images=asked.images,
+            compiled=asked.compile,
+            rounds=asked.rounds,
+            block_seconds=0.02 if asked.smoke else _BLOCK_SECONDS[device.type],
+            memory=not asked.no_memory,
+            smoke=asked.smoke,
+            say=_say,
+        )
+        yield from suite.run(options)
 
 
 def _print_list() -> None:
-    print(f"suite step   methods {','.join(steps.COMPARED)}   programs {','.join(steps.PROGRAMS)}")
-    for name, (model, batch) in steps.SHAPES.items():
-        print(f"  {name:10} {model}, batch {batch}")
-    print("suite ops    operators of fastmim.ops   programs torch, compiled and every backend")
-    for name, sizes in ops.SHAPES.items():
-        print(f"  {name:10} batch {sizes.batch}, {sizes.img_size} px, width {sizes.embed_dim}")
-    print("suite ema    operators adamw_ema_,ema_update_   programs torch and every backend")
-    for name, model in ema.SHAPES.items():
-        print(f"  {name:10} trained parameters of {model}")
+    for suite in SUITES:
+        print("\n".join(suite.describe()))
     print(f"suite {gpu_check.NAME}   the checkout on a GPU: build, tests, compute-sanitizer, times")
 
 

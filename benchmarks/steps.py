@@ -7,6 +7,7 @@ from collections.abc import Callable, Iterator
 import torch
 from measure import in_fresh_process, interleave, peak_memory, saved_bytes, speedup
 from peers import PEERS, Batch, Case, StepProgram, autocast
+from suite import CHECKS, TIMES, Column, Options
 from torch import Tensor
 
 from fastmim import create_model
@@ -14,6 +15,7 @@ from fastmim.methods import METHODS
 from fastmim.ops import masks_from_shuffle
 from fastmim.train import Engine
 
+NAME = "step"
 # Shape to model and batch. tiny32 is bound by small operators, the others by matrix products.
 SHAPES = {
     "tiny32": ("mae_vit_micro_patch4", 64),
@@ -23,6 +25,16 @@ SHAPES = {
 }
 DEFAULT = {"cpu": ["tiny32", "small224"], "cuda": ["base224", "large224"]}
 COMPARED = ("rc_mae", "mae")  # the methods that the peers know
+# fmt: off
+COLUMNS: list[Column] = [
+    ("shape", "shape", ""), ("method", "method", ""), ("program", "kernel_provider", ""),
+    ("dtype", "dtype", ""), ("batch", "x_value", "d"), *TIMES,
+    ("img/s", "images_per_second", ".2f"), ("vs plain", "vs_peer", ".2f"),
+    ("vs compiled", "vs_compiled", ".2f"), ("vs fp32", "vs_fp32", ".2f"),
+    ("saved MB/img", "saved_mb_per_image", ".2f"), ("peak GiB", "peak_memory_gib", ".2f"),
+    *CHECKS,
+]
+# fmt: on
 _SMOKE_BATCH = 8
 _CHECKED_IMAGES = 2
 # Relative error (Euclidean norm) of the loss and of every gradient tensor against plain PyTorch in
@@ -57,31 +69,23 @@ class FastMIM(StepProgram):
 
 
 PROGRAMS: dict[str, type[StepProgram]] = {"fastmim": FastMIM, **PEERS}
+WORDS = {"method": list(COMPARED), "peer": list(PEERS)}
 
 
-def run(
-    *,
-    shapes: list[str],
-    methods: list[str],
-    dtypes: list[str],
-    device: torch.device,
-    images: str,
-    compiled: bool,
-    rounds: int,
-    block_seconds: float,
-    memory: bool,
-    smoke: bool,
-    say: Callable[[str], None],
-) -> Iterator[dict]:
-    """A row for every shape, method, program and dtype.
+def describe() -> list[str]:
+    return [
+        f"suite step   methods {','.join(COMPARED)}   programs {','.join(PROGRAMS)}",
+        *(f"  {name:10} {model}, batch {batch}" for name, (model, batch) in SHAPES.items()),
+    ]
 
-    Args:
-        compiled: Also the program under torch.compile, which takes half a minute to start.
-    """
-    names = [name for name in PROGRAMS if compiled or name != "compiled"]
-    for shape, method in itertools.product(shapes, methods):
-        model, batch = SHAPES[shape]
-        batch = _SMOKE_BATCH if smoke else batch
+
+def run(options: Options) -> Iterator[dict]:
+    """A row for every shape, method, program and dtype."""
+    compiled, dtypes, say = options.compiled, options.dtypes, options.say
+    rounds, device, images = options.rounds, options.device, options.images
+    names = [n for n in PROGRAMS if options.wants(n) and (compiled or n != "compiled")]
+    for (shape, model, batch), method in itertools.product(options.cases(SHAPES), options.methods):
+        batch = _SMOKE_BATCH if options.smoke else batch
         case = Case(model, batch, method, "fp64", device.type, images)
         variants = {
             (name, dtype): dataclasses.replace(case, dtype=dtype)
@@ -89,7 +93,7 @@ def run(
         }
         say(f"step {shape} {method}: memory")
         footprints = {
-            key: in_fresh_process(_footprint, key[0], variant) if memory else {}
+            key: in_fresh_process(_footprint, key[0], variant) if options.memory else {}
             for key, variant in variants.items()
         }
         say(f"step {shape} {method}: correctness")
@@ -103,7 +107,7 @@ def run(
         timings = interleave(
             {key: _endless(program, variants[key]) for key, program in programs.items()},
             rounds=rounds,
-            block_seconds=block_seconds,
+            block_seconds=options.block_seconds,
             device=device,
         )
         for (name, dtype), timing in timings.items():
