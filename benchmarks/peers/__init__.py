@@ -1,4 +1,4 @@
-"""What fastmim's training step is compared with.
+"""fastmim's training step and what it is compared with.
 
 A peer is a :class:`StepProgram` in ``PEERS``. It does the same mathematics as fastmim from the same
 weights, written as well as its library allows; ``match`` holds it to that. One that cannot run here
@@ -8,10 +8,12 @@ says why in ``missing``.
 from peers.base import PARTS, Batch, Case, StepProgram, autocast
 from peers.libraries import HuggingFace, HuggingFaceCompiled, Lightly, Timm
 from peers.official import Official
+from peers.own import OWN
+from peers.parts import Parts
 from peers.plain import Compiled, CompiledMaxAutotune, Plain
 from peers.swapped import Apex, FlashAttention, Liger, XFormers
 
-__all__ = ["PARTS", "PEERS", "Batch", "Case", "StepProgram", "autocast"]
+__all__ = ["PARTS", "PEERS", "PROGRAMS", "Batch", "Case", "Parts", "StepProgram", "autocast"]
 
 PEERS: dict[str, type[StepProgram]] = {
     program.name: program
@@ -30,3 +32,4 @@ PEERS: dict[str, type[StepProgram]] = {
         Apex,
     )
 }
+PROGRAMS: dict[str, type[StepProgram]] = {**OWN, **PEERS}

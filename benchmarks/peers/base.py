@@ -20,9 +20,11 @@ from fastmim.train import Recipe
 
 _BATCHES = 4  # distinct inputs that a program goes through in turns
 
-# Parts of a step, in its order; what lies between them is "other".
+# Parts of a step, in its order. "forward" is that of a program whose forward pass is one piece;
+# "other" is what lies between the parts.
 PARTS = (
-    "masks", "embed", "encoder", "decoder", "teacher", "loss", "backward", "update", "other"
+    "masks", "embed", "encoder", "decoder", "teacher", "loss", "forward", "backward", "update",
+    "other",
 )  # fmt: skip
 
 

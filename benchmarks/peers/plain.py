@@ -183,7 +183,8 @@ class Compiled(Plain):
 
     def __init__(self, case: Case) -> None:
         super().__init__(case)
-        self._compiled = torch.compile(super().loss, fullgraph=True, mode=self.mode)
+        torch._dynamo.reset()  # what was compiled for other cases counts towards a limit
+        self._compiled = torch.compile(super().loss, fullgraph=True, mode=self.mode, dynamic=False)
 
     def loss(self, imgs: Tensor, ids_shuffle: Tensor) -> Tensor:
         return self._compiled(imgs, ids_shuffle)
