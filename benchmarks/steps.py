@@ -93,7 +93,7 @@ def run(options: Options) -> Iterator[dict]:
         }
         say(f"step {shape} {method}: memory")
         footprints = {
-            key: in_fresh_process(_footprint, key[0], variant) if options.memory else {}
+            key: (options.memory and in_fresh_process(_footprint, key[0], variant)) or {}
             for key, variant in variants.items()
         }
         say(f"step {shape} {method}: correctness")
@@ -106,9 +106,7 @@ def run(options: Options) -> Iterator[dict]:
         say(f"step {shape} {method}: timing, {rounds} rounds of {len(programs)} programs")
         timings = interleave(
             {key: _endless(program, variants[key]) for key, program in programs.items()},
-            rounds=rounds,
-            block_seconds=options.block_seconds,
-            device=device,
+            **options.timing(),
         )
         for (name, dtype), timing in timings.items():
             measured = timing.row()
