@@ -1,4 +1,4 @@
-"""Suite ``ops``: every operator but the optimizer's against PyTorch, with its bytes and a copy.
+"""Suite ``ops``: every operator but the optimizer's against PyTorch and its floor.
 
 Forward and backward together where there is a backward pass.
 """
@@ -11,7 +11,7 @@ from typing import NamedTuple
 import torch
 import torch.nn.functional as F
 from measure import interleave, speedup
-from suite import CHECKS, TIMES, Column, Options
+from suite import CHECKS, FLOOR, TIMES, Column, Options
 from torch import Tensor
 
 from fastmim import ops
@@ -22,13 +22,12 @@ NAME = "ops"
 # fmt: off
 COLUMNS: list[Column] = [
     ("shape", "shape", ""), ("operator", "kernel_name", ""), ("program", "kernel_provider", ""),
-    ("dtype", "dtype", ""), *TIMES, ("GB/s", "gb_per_second", ".1f"),
-    ("% of copy", "percent_of_copy", ".0f"), ("vs torch", "vs_peer", ".2f"),
+    ("dtype", "dtype", ""), *TIMES, *FLOOR, ("vs torch", "vs_peer", ".2f"),
     ("vs compiled", "vs_compiled", ".2f"), *CHECKS,
 ]
 # fmt: on
 WORDS = {"op": list(OPS)}
-_COPIED = 2**26  # float32 values of the copy that shows the bandwidth: beyond any cache
+_NAMES = {torch.float32: "fp32", torch.bfloat16: "bf16"}
 # Relative error (Euclidean norm) of every result against PyTorch in float64.
 _TOLERANCE = {torch.float32: 1e-5, torch.bfloat16: 2e-2}
 
@@ -72,6 +71,7 @@ class Problem:
         plain: The same in plain PyTorch at its best.
         truth: ``plain`` on float64 inputs; None if results must be equal to the bit.
         bytes: That must be moved: every input read once, every output written once.
+        flops: Of matrix products; 0 where bytes alone bound.
     """
 
     operator: str
@@ -79,6 +79,7 @@ class Problem:
     plain: Callable[[], list[Tensor]]
     truth: Callable[[], list[Tensor]] | None
     bytes: int
+    flops: int = 0
 
 
 def _differentiated(
@@ -103,6 +104,7 @@ def _problem(
     wanted: list[int],
     grads: list[Tensor] | None,
     moved: int,
+    flops: int = 0,
 ) -> Problem:
     """A differentiable operator; ``plain`` takes the arguments of ``ours``."""
     double = tuple(a.double() if _floats(a) else a for a in args)
@@ -113,6 +115,7 @@ def _problem(
         functools.partial(_differentiated, plain, args, wanted, grads),
         functools.partial(_differentiated, plain, double, wanted, double_grads),
         moved,
+        flops,
     )
 
 
@@ -314,6 +317,7 @@ def problems(s: Sizes, device: torch.device) -> Iterator[Problem]:
             wanted=[0],
             grads=[normal(s.batch, count, heads, width)],
             moved=s.batch * count * heads * width * item * (3 + 1 + 3 + 1 + 3),
+            flops=s.batch * count**2 * heads * width * (4 + 10),
         )
 
     if device.type == "cpu":  # elsewhere the product is PyTorch's own
@@ -325,6 +329,7 @@ def problems(s: Sizes, device: torch.device) -> Iterator[Problem]:
             wanted=[0, 1, 2],
             grads=[normal(s.batch, k + 1, 4 * d)],
             moved=item * (2 * s.batch * (k + 1) * 5 * d + 3 * 4 * d * d),
+            flops=3 * 2 * s.batch * (k + 1) * 4 * d * d,
         )
 
 
@@ -340,27 +345,18 @@ def describe() -> list[str]:
 
 def run(options: Options) -> Iterator[dict]:
     """A row for every operator, size and program."""
-    device, smoke, compiled = options.device, options.smoke, options.compiled
-    source = torch.ones(_COPIED // 16 if smoke else _COPIED, device=device)
-    destination = torch.zeros_like(source)
+    device, compiled = options.device, options.compiled
     for shape in options.shapes:
-        sizes = SHAPES[shape]._replace(**(dict(batch=2) if smoke else {}))
+        sizes = SHAPES[shape]._replace(**(dict(batch=2) if options.smoke else {}))
         for problem in problems(sizes, device):
             if options.operators is not None and problem.operator not in options.operators:
                 continue
             options.say(f"ops {shape} {problem.operator}")
             programs = _programs(problem, device, compiled)
             errors = _errors(problem, programs, sizes.dtype)
-            programs["copy"] = lambda: destination.copy_(source)
-            timings = interleave(
-                programs,
-                rounds=options.rounds,
-                block_seconds=options.block_seconds,
-                device=device,
-                kernels=True,
-            )
-            copied = timings.pop("copy").row()["y_value_50"]
-            bandwidth = 2 * source.nbytes / copied
+            dtype = _NAMES[sizes.dtype]
+            floor = options.ceilings.floor(problem.bytes, problem.flops, dtype)
+            timings = interleave(programs, **options.timing(), kernels=True)
             for name, timing in timings.items():
                 measured = timing.row()
                 yield dict(
@@ -369,13 +365,13 @@ def run(options: Options) -> Iterator[dict]:
                     kernel_provider=name,
                     kernel_operation_mode="full",
                     shape=shape,
-                    dtype=str(sizes.dtype).removeprefix("torch."),
+                    dtype=dtype,
                     x_name="batch",
                     x_value=sizes.batch,
                     **measured,
-                    bytes=problem.bytes,
-                    gb_per_second=problem.bytes / measured["y_value_50"] / 1e6,
-                    percent_of_copy=100 * problem.bytes / measured["y_value_50"] / bandwidth,
+                    **options.against_floor(
+                        measured["y_value_50"], floor, problem.bytes, problem.flops
+                    ),
                     vs_peer=speedup(timing, timings["torch"]),
                     vs_compiled=speedup(timing, timings["compiled"]) if compiled else None,
                     error=errors[name],

@@ -10,7 +10,7 @@ to each row, writes, prints and plots it. Fields that its pictures and the repor
 - ``match``: this very case computes what it should (true of an "oom" row: nothing is claimed);
 - a step: ``method``, ``model``, ``images_per_second``, ``peak_memory_gib``, ``peak_reserved_gib``,
   and its parts ``forward_ms``, ``backward_ms``, ``update_ms``;
-- ``bytes``, ``flops``, ``floor_ms`` and ``percent_of_floor``, by ``Ceilings.floor`` of roofline.py.
+- ``bytes``, ``flops`` and ``percent_of_floor``, by :meth:`Options.against_floor`.
 """
 
 import itertools
@@ -19,6 +19,7 @@ from dataclasses import dataclass
 from typing import Any, Protocol
 
 import torch
+from roofline import Ceilings
 
 # Header, field of the row, format; words have no format.
 Column = tuple[str, str, str]
@@ -41,7 +42,9 @@ class Options:
         compiled: Also programs under torch.compile, which take half a minute to start.
         rounds: Blocks of each program at most.
         block_seconds: Least length of a block.
+        seconds: After so many no round of a group of programs is begun, but two are made.
         memory: Also measure memory, in a process of its own.
+        ceilings: Of this machine, measured in the same run.
         smoke: Everything as small and short as it goes; the figures mean nothing.
         say: Takes a line about progress.
     """
@@ -58,7 +61,9 @@ class Options:
     compiled: bool
     rounds: int
     block_seconds: float
+    seconds: float
     memory: bool
+    ceilings: Ceilings
     smoke: bool
     say: Callable[[str], None]
 
@@ -74,6 +79,33 @@ class Options:
         for shape, model, batch in chosen:
             for count in self.batch or [batch]:
                 yield shape, model, count
+
+    def timing(self) -> dict:
+        """Arguments of measure.interleave."""
+        return dict(
+            rounds=self.rounds,
+            block_seconds=self.block_seconds,
+            seconds=self.seconds,
+            device=self.device,
+        )
+
+    def against_floor(self, ms: float | None, floor: float, num_bytes: float, flops: float) -> dict:
+        """Fields of a row: how near a time is to the least.
+
+        Args:
+            ms: Median time; None of a program that ran out of memory.
+            floor: Least seconds, by ``ceilings``.
+            num_bytes: That must be moved.
+            flops: That must be done.
+        """
+        return dict(
+            bytes=num_bytes,
+            flops=flops,
+            floor_ms=floor * 1e3,
+            percent_of_floor=None if ms is None else 1e5 * floor / ms,
+            gb_per_second=None if ms is None else num_bytes / ms / 1e6,
+            tflops=None if ms is None else flops / ms / 1e9,
+        )
 
     def wants(self, program: str) -> bool:
         """Whether a program is to be compared; fastmim always is."""
@@ -108,6 +140,7 @@ class Suite(Protocol):
 TIMES: list[Column] = [
     ("ms", "y_value_50", ".2f"), ("p20", "y_value_20", ".2f"), ("p80", "y_value_80", ".2f"),
 ]
+FLOOR: list[Column] = [("GB/s", "gb_per_second", ".1f"), ("% of floor", "percent_of_floor", ".0f")]
 CHECKS: list[Column] = [("error", "error", ".0e"), ("match", "match", ""), ("kept", "kept_of", "")]
 # fmt: on
 

@@ -5,15 +5,15 @@ weights, written as well as its library allows; ``match`` holds it to that. One 
 says why in ``missing``.
 """
 
-from peers.base import PARTS, Batch, Case, StepProgram, autocast
+from peers.base import Batch, Case, StepProgram
 from peers.libraries import HuggingFace, HuggingFaceCompiled, Lightly, Timm
 from peers.official import Official
-from peers.own import OWN
+from peers.own import OWN, FastMIM
 from peers.parts import Parts
 from peers.plain import Compiled, CompiledMaxAutotune, Plain
 from peers.swapped import Apex, FlashAttention, Liger, XFormers
 
-__all__ = ["PARTS", "PEERS", "PROGRAMS", "Batch", "Case", "Parts", "StepProgram", "autocast"]
+__all__ = ["OWN", "PEERS", "PROGRAMS", "Batch", "Case", "FastMIM", "Parts", "StepProgram"]
 
 PEERS: dict[str, type[StepProgram]] = {
     program.name: program

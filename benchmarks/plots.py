@@ -1,0 +1,180 @@
+"""Pictures of rows: throughput and memory by batch, a step by part, operators against the floor."""
+
+import importlib.util
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+
+# Of programs, in the order in which they appear; fastmim has the first.
+_COLOURS = ("#1b6ca8", "#d1495b", "#8d99ae", "#edae49", "#5c946e", "#7b5ea7", "#30343f", "#c97b63")
+_PARTS = {"forward_ms": "#1b6ca8", "backward_ms": "#8fc1e3", "update_ms": "#edae49"}
+_MARKS = {"mae": ("o", "--"), "rc_mae": ("s", "-"), "dbot": ("^", "-."), "sdae": ("D", ":")}
+_NAMES = {"mae": "MAE", "rc_mae": "RC-MAE", "dbot": "dBOT", "sdae": "SdAE"}
+_OTHER = ("v", "-")
+
+
+def draw(rows: Sequence[dict], folder: Path) -> list[Path]:
+    """Draw what the rows can tell.
+
+    Args:
+        rows: Of one run.
+        folder: For the PNG files; it exists.
+
+    Returns:
+        The files; none if matplotlib is not installed, which is said.
+    """
+    if importlib.util.find_spec("matplotlib") is None:
+        print("no pictures: matplotlib is not installed (pip install 'fastmim[plot]')")
+        return []
+    good = [row for row in rows if row.get("status", "ok") == "ok" and row["match"]]
+    trained = [row for row in good if row.get("x_name") == "batch" and row.get("method")]
+    pictures = {
+        "throughput": (
+            _by_batch("images_per_second", "images/s"),
+            _with(trained, "images_per_second"),
+        ),
+        "memory": (_by_batch("peak_memory_gib", "peak GiB"), _with(trained, "peak_memory_gib")),
+        "parts": (_by_part, _with(trained, "forward_ms")),
+        "operators": (
+            _operators,
+            [r for r in _with(good, "percent_of_floor") if "method" not in r],
+        ),
+    }
+    written = []
+    for name, (picture, of_picture) in pictures.items():
+        if of_picture:
+            figure = picture(of_picture)
+            figure.savefig(folder / f"{name}.png", dpi=130, bbox_inches="tight")
+            written.append(folder / f"{name}.png")
+    return written
+
+
+def _with(rows: Sequence[dict], field: str) -> list[dict]:
+    return [row for row in rows if row.get(field) is not None]
+
+
+def _figure(panels: int, size: tuple[float, float], columns: int = 2):
+    """A figure of so many panels of a size, and its axes."""
+    from matplotlib.figure import Figure
+
+    columns = min(columns, panels)
+    lines = -(-panels // columns)
+    figure = Figure(figsize=(size[0] * columns, size[1] * lines), layout="constrained")
+    axes = list(figure.subplots(lines, columns, squeeze=False).flat)
+    for spare in axes[panels:]:
+        spare.set_visible(False)
+    for axis in axes:
+        axis.spines[["top", "right"]].set_visible(False)
+    return figure, axes[:panels]
+
+
+def _groups(rows: Sequence[dict], *fields: str) -> Iterator[tuple[tuple, list[dict]]]:
+    keys = dict.fromkeys(tuple(row.get(field) for field in fields) for row in rows)
+    for key in keys:
+        yield key, [row for row in rows if tuple(row.get(f) for f in fields) == key]
+
+
+def _colours(rows: Sequence[dict]) -> dict[str, str]:
+    names = list(dict.fromkeys(row["kernel_provider"] for row in rows))
+    names.sort(key=lambda name: name != "fastmim")
+    return {name: _COLOURS[i % len(_COLOURS)] for i, name in enumerate(names)}
+
+
+def _model(name: str) -> str:
+    """Of the long name what tells sizes apart."""
+    return name.partition("vit_")[2].replace("_", " ") or name
+
+
+def _by_batch(field: str, label: str) -> Callable:
+    """A picture of a field against the batch, a panel for each model and precision."""
+
+    def picture(rows: Sequence[dict]):
+        panels = list(_groups(rows, "model", "dtype"))
+        colours = _colours(rows)
+        figure, axes = _figure(len(panels), (5.4, 3.8))
+        for axis, ((model, dtype), of_panel) in zip(axes, panels, strict=True):
+            for (method, program), line in _groups(of_panel, "method", "kernel_provider"):
+                best = {row["x_value"]: row[field] for row in line}
+                marker, style = _MARKS.get(method, _OTHER)
+                axis.plot(
+                    sorted(best), [best[x] for x in sorted(best)],
+                    marker=marker, linestyle=style, color=colours[program], markersize=5,
+                    label=f"{_NAMES.get(method, method)}, {program}",
+                )  # fmt: skip
+            _batch_axis(axis, sorted({row["x_value"] for row in of_panel}))
+            axis.set(ylabel=label, title=f"{_model(model)}, {dtype}", ylim=(0, None))
+            axis.grid(axis="y", alpha=0.3)
+            axis.legend(fontsize=7, frameon=False, ncols=1 + (len(axis.lines) > 6))
+        return figure
+
+    return picture
+
+
+def _batch_axis(axis, batches: list[int]) -> None:
+    axis.set_xscale("log", base=2)
+    axis.set_xticks(batches, [str(batch) for batch in batches])
+    axis.minorticks_off()
+    axis.set_xlim(batches[0] / 1.5, batches[-1] * 1.5)
+    axis.set_xlabel("images in a batch")
+
+
+def _by_part(rows: Sequence[dict]):
+    """Time by part of a step, stacked; the least time as a line through each bar."""
+    panels = list(_groups(rows, "model", "dtype", "x_value"))
+    lines = max(len(of_panel) for _, of_panel in panels)
+    figure, axes = _figure(len(panels), (6.4, 1.0 + 0.32 * lines))
+    for axis, ((model, dtype, batch), of_panel) in zip(axes, panels, strict=True):
+        of_panel = sorted(of_panel, key=lambda row: (row["method"], row["y_value_50"]))[::-1]
+        names = [
+            f"{_NAMES.get(r['method'], r['method'])}, {r['kernel_provider']}" for r in of_panel
+        ]
+        left = [0.0] * len(of_panel)
+        for field, colour in _PARTS.items():
+            widths = [max(0.0, row[field]) for row in of_panel]
+            axis.barh(names, widths, left=left, color=colour, label=field.removesuffix("_ms"))
+            left = [a + b for a, b in zip(left, widths, strict=True)]
+        for i, (row, end) in enumerate(zip(of_panel, left, strict=True)):
+            axis.text(end, i, f" {row['y_value_50']:.3g} ms", va="center", fontsize=7)
+            if row.get("floor_ms") is not None:
+                axis.plot([row["floor_ms"]] * 2, [i - 0.4, i + 0.4], color="black", linewidth=1.5)
+        axis.set(xlabel="ms", title=f"{_model(model)}, batch {batch}, {dtype}")
+        axis.set_xlim(0, 1.16 * max(left))
+        axis.tick_params(axis="y", labelsize=8, length=0)
+        axis.legend(fontsize=7, frameon=False, loc="upper right")
+    figure.suptitle("Time of a training step by part; black: least time by arithmetic", fontsize=10)
+    return figure
+
+
+def _operators(rows: Sequence[dict]):
+    """How near operators come to their floor, a panel for each size, a bar for each program."""
+    panels = list(_groups(rows, "suite", "shape", "dtype"))
+    colours = _colours(rows)
+    counts = [len(of_panel) for _, of_panel in panels]
+    figure, axes = _figure(len(panels), (5.6, 1.0 + 0.2 * max(counts)))
+    for axis, ((suite, shape, dtype), of_panel) in zip(axes, panels, strict=True):
+        _operator_bars(axis, of_panel, colours)
+        axis.set(xlabel="% of the floor", title=f"{suite}, {shape}, {dtype}")
+        axis.axvline(100, color="black", linewidth=1)
+        handles, labels = axis.get_legend_handles_labels()
+        unique = dict(zip(labels, handles, strict=True))
+        axis.legend(unique.values(), unique, fontsize=7, frameon=False)
+    figure.suptitle("Operators: share of the speed that bytes and FLOPs allow", fontsize=10)
+    return figure
+
+
+def _operator_bars(axis, rows: Sequence[dict], colours: dict[str, str]) -> None:
+    y, places, names = 0.0, [], []
+    for (name,), of_operator in _groups(rows, "kernel_name"):
+        first = y
+        for row in of_operator:
+            percent = row["percent_of_floor"]
+            program = row["kernel_provider"]
+            axis.barh(y, percent, height=0.9, color=colours[program], label=program)
+            axis.text(percent, y, f" {percent:.0f}", va="center", fontsize=6)
+            y += 1
+        places.append((first + y - 1) / 2)
+        names.append(name)
+        y += 0.7
+    axis.set_yticks(places, names, fontsize=8)
+    axis.tick_params(axis="y", length=0)
+    axis.invert_yaxis()
+    axis.set_xlim(0, max(110, 1.1 * max(row["percent_of_floor"] for row in rows)))
