@@ -80,7 +80,8 @@ def run(options: Options) -> Iterator[dict]:
 
 def _programs(options: Options, short: bool) -> Sequence[str]:
     if options.peers is not None:
-        return list(dict.fromkeys(["fastmim", *options.peers]))
+        asked = (name for name in options.peers if name in PROGRAMS)
+        return list(dict.fromkeys(["fastmim", *asked]))
     return _IN_QUICK if short else _BY_DEFAULT
 
 

@@ -262,9 +262,8 @@ def _print(rows: list[dict], about: dict) -> None:
         of_suite = [row for row in rows if row["suite"] == suite.NAME]
         if of_suite:
             print(f"\nsuite {suite.NAME}\n{rows_of.text(of_suite, suite.COLUMNS)}")
-            for name, why in {
-                k: v for r in of_suite for k, v in r.get("absent", {}).items()
-            }.items():
+            absent = {n: why for row in of_suite for n, why in row.get("absent", {}).items()}
+            for name, why in absent.items():
                 print(f"absent: {name}: {why}")
     print(f"\n{_NOTES}")
 

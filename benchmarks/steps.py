@@ -107,7 +107,7 @@ def _compare(shape: str, case: Case, options: Options) -> Iterator[dict]:
 
 def _variants(case: Case, options: Options) -> tuple[dict[Variant, Case], dict[str, str]]:
     """What can be run, and why the rest that was asked for cannot."""
-    names = ["fastmim", *(options.peers or PROGRAMS)]
+    names = ["fastmim", *(n for n in options.peers or PROGRAMS if n in PROGRAMS)]
     if options.peers is None:
         left_out = {*_BY_NAME, *(() if options.compiled else _COMPILED)}
         kept = _IN_SMOKE if options.smoke else PROGRAMS
