@@ -20,7 +20,7 @@ import steps
 import torch
 import torch.distributed as dist
 from measure import synchronize
-from peers import Case
+from peers import Case, FastMIM
 from suite import Column, Options, Suite
 from torch import Tensor
 from torch.nn.parallel import DistributedDataParallel
@@ -104,7 +104,7 @@ def run(options: Options) -> Iterator[dict]:
         options.say(f"scaling {shape} {method} {dtype}: {world_size()} processes")
         together = _Together(case, options.device)
         match = together.equal_everywhere()
-        alone = steps.FastMIM(case)
+        alone = FastMIM(case)
         block_seconds = max(options.block_seconds, 0.02)
         programs = _programs(together, _calls(alone, case))
         times = _interleave(programs, options.rounds, block_seconds, options.device)
@@ -161,7 +161,7 @@ class _Synchronised:
         return getattr(self._method, name)
 
 
-class _Together(steps.FastMIM):
+class _Together(FastMIM):
     """fastmim's step in every process, with averaged gradients."""
 
     def __init__(self, case: Case, device: torch.device) -> None:
@@ -197,7 +197,7 @@ def _same(tensor: Tensor) -> bool:
     return torch.equal(least, most)
 
 
-def _calls(program: steps.FastMIM, case: Case) -> Callable[[], None]:
+def _calls(program: FastMIM, case: Case) -> Callable[[], None]:
     """The step on batches that are others in each process."""
     batches = itertools.cycle(case.batches())
     for _ in range(dist.get_rank()):
