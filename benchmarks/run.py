@@ -50,7 +50,7 @@ _NOTES = (
 def main() -> int:
     """Run, write, print and plot; 1 if a program computes something else than its peer."""
     if sys.argv[1:2] == ["report"]:
-        return write_report(sys.argv[2:], SUITES)
+        return write_report(sys.argv[2:], [*SUITES, *APART])
     asked = parse(sys.argv[1:])
     if asked.list:
         print("\n".join(line for suite in [*SUITES, *APART] for line in suite.describe()))
