@@ -361,9 +361,10 @@ def in_fresh_process(function: Callable[..., dict], *args) -> dict | None:
     Returns:
         What it returns; None if its memory did not suffice or the system ended it for that.
     """
-    # The server has imported PyTorch and run nothing: its children start in milliseconds.
+    # The server has imported PyTorch and run nothing: its children start in milliseconds. By name,
+    # for it does not search the folders of this process for the function's module.
     context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload([function.__module__])
+    context.set_forkserver_preload(["torch", function.__module__])
     with ProcessPoolExecutor(1, mp_context=context) as pool:
         try:
             return pool.submit(unless_out_of_memory, function, *args).result()

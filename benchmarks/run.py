@@ -16,11 +16,14 @@ sys.path.append(str(Path(__file__).parents[1]))  # last: an installed fastmim co
 import compare
 import ema
 import gpu_check
+import loader
 import machine
+import memory
 import ops
 import plots
 import rows as rows_of
 import scaling
+import stepcost
 import steps
 import torch
 from measure import measure_ceilings
@@ -33,7 +36,7 @@ from fastmim.models import MODELS, did_you_mean
 from fastmim.train.engine import resolve_device, resolve_precision
 
 # The one list of suites, in the order in which they run.
-SUITES: list[Suite] = [ops, steps, ema]
+SUITES: list[Suite] = [ops, steps, ema, stepcost, memory, loader]
 # Only when asked for by name: it checks and takes ten minutes; under torchrun alone.
 APART: list[Suite] = [gpu_check, scaling]
 FOLDER = "benchmark-results"
@@ -264,6 +267,10 @@ def _print(rows: list[dict], about: dict) -> None:
         of_suite = [row for row in rows if row["suite"] == suite.NAME]
         if of_suite:
             print(f"\nsuite {suite.NAME}\n{rows_of.text(of_suite, suite.COLUMNS)}")
+            for name, why in {
+                k: v for r in of_suite for k, v in r.get("absent", {}).items()
+            }.items():
+                print(f"absent: {name}: {why}")
     print(f"\n{_NOTES}")
 
 

@@ -260,8 +260,12 @@ _FOOTPRINT = (
 
 def footprint(name: str, case: Case) -> dict:
     """Memory of one program; to be called in a process of its own."""
+    return footprint_of(PROGRAMS[name](case), case)
+
+
+def footprint_of(program: StepProgram, case: Case) -> dict:
+    """What the program's steps keep for the backward pass, take at their peak, and leave."""
     device = torch.device(case.device)
-    program = PROGRAMS[name](case)
     batches = case.batches()
     for batch in batches[:2]:  # the optimizer makes its state in the first
         program.step(batch)

@@ -137,15 +137,13 @@ class Plain(StepProgram):
         masked = (ids_restore >= self.num_keep).to(imgs.dtype)  # (B, N)
         if method == "dbot":
             errors = F.smooth_l1_loss(
-                pred.to(imgs.dtype), _standardized(target), beta=_BETA, reduction="none"
+                pred.to(imgs.dtype), standardized(target), beta=_BETA, reduction="none"
             )
             weights = F.pad(masked, (1, 0), value=1.0)  # the cls token counts
             return (errors.mean(dim=-1) * weights).sum() / weights.sum()
         if method == "sdae":
             pred = gather(pred, ids_shuffle[:, self.num_keep :]).reshape(target.shape)
-            return (
-                1 - F.cosine_similarity(pred.to(imgs.dtype), _standardized(target), dim=-1).mean()
-            )
+            return 1 - F.cosine_similarity(pred.to(imgs.dtype), standardized(target), dim=-1).mean()
         loss = masked_mse(pred, pixels(imgs, self.patch_size), masked)
         if target is not None:
             loss = loss + self.recipe.gamma * masked_mse(pred, target, masked)
@@ -217,7 +215,7 @@ def pixels(imgs: Tensor, p: int) -> Tensor:
     """Pixels of every patch, normalised over the patch: (B, N, 3 * p * p)."""
     b, c, height, width = imgs.shape
     patches = imgs.reshape(b, c, height // p, p, width // p, p).permute(0, 2, 4, 3, 5, 1)
-    return _standardized(patches.reshape(b, -1, p * p * c))
+    return standardized(patches.reshape(b, -1, p * p * c))
 
 
 def gather(x: Tensor, ids: Tensor) -> Tensor:
@@ -225,7 +223,8 @@ def gather(x: Tensor, ids: Tensor) -> Tensor:
     return x.gather(1, ids[:, :, None].expand(-1, -1, x.shape[-1]))
 
 
-def _standardized(x: Tensor) -> Tensor:
+def standardized(x: Tensor) -> Tensor:
+    """Each token with mean 0 and unbiased variance 1, in float32 or better."""
     x = x.float() if x.dtype == torch.bfloat16 else x
     variance, mean = torch.var_mean(x, dim=-1, keepdim=True)
     return (x - mean) / (variance + 1e-6).sqrt()
