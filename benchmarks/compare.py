@@ -8,7 +8,6 @@ import shutil
 import subprocess
 import sys
 import tempfile
-from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from os import environ, pathsep
@@ -24,10 +23,6 @@ import fastmim
 
 _OWN_OPTIONS = ("--compare", "--turns", "--json", "--csv", "--plot")
 _NATIVE = ("csrc", "CMakeLists.txt", "setup.py")  # of which the compiled part is made
-_KEY = (
-    *("suite", "shape", "kernel_name", "kernel_provider", "kernel_operation_mode"),
-    *("method", "dtype", "x_name", "x_value"),
-)
 _RESAMPLES = 2000
 # fmt: off
 COLUMNS: list[Column] = [
@@ -145,7 +140,7 @@ def compared(this: list[list[dict]], other: list[list[dict]]) -> list[dict]:
         this: The rows of each turn.
         other: The same of the other commit.
     """
-    turns = list(zip(map(_keyed, this), map(_keyed, other), strict=True))
+    turns = list(zip(map(rows_of.keyed, this), map(rows_of.keyed, other), strict=True))
     return [
         _ratio(turns[0][0][key], [(a[key], b[key]) for a, b in turns])
         for key in turns[0][0]
@@ -153,19 +148,8 @@ def compared(this: list[list[dict]], other: list[list[dict]]) -> list[dict]:
     ]
 
 
-def _keyed(rows: list[dict]) -> dict[tuple, dict]:
-    """Rows by what they are about; the same thing again is another one."""
-    seen: Counter = Counter()
-    keyed = {}
-    for row in rows:
-        key = tuple(row.get(field) for field in _KEY)
-        keyed[(*key, seen[key])] = row
-        seen[key] += 1
-    return keyed
-
-
 def _ratio(about: dict, pairs: list[tuple[dict, dict]]) -> dict:
-    row = {field: about.get(field) for field in _KEY}
+    row = {field: about.get(field) for field in rows_of.KEY}
     if not all(side["match"] and side.get("block_ms") for pair in pairs for side in pair):
         return {**row, "verdict": "no time: wrong, or out of memory"}
     ours, theirs = (

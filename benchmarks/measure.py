@@ -280,25 +280,42 @@ def synchronize(device: torch.device) -> None:
 
 
 _COPIED = {"cpu": 2**26, "cuda": 2**28}  # float32 values of the copy: beyond any cache
-_SIDE = {"cpu": 2048, "cuda": 8192}  # of the square product
+_LARGEST = {"cpu": 2048, "cuda": 8192}  # side of the square product
+_LONGEST = 0.1  # seconds that it may take
 _DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 
 
 def measure_ceilings(device: torch.device, *, smoke: bool) -> Ceilings:
     """What copies and matrix products reach here at best, on random data."""
     values = 2**20 if smoke else _COPIED[device.type]
-    side = 256 if smoke else _SIDE[device.type]
     source, target = torch.ones(values, device=device), torch.zeros(values, device=device)
     programs = {"copy": lambda: target.copy_(source)}
+    sides = {}
     for name, dtype in _DTYPES.items():
-        factors = torch.randn(2, side, side, device=device).to(dtype)
-        programs[name] = lambda a=factors[0], b=factors[1]: a @ b
+        sides[name], programs[name] = _product(dtype, device, 256 if smoke else None)
     timings = interleave(programs, rounds=3, block_seconds=0.2, device=device, kernels=True)
     best = {n: min(s for b in t.blocks for s in b.seconds) for n, t in timings.items()}
     return Ceilings(
         copy=2 * source.nbytes / best["copy"],
-        matmul={name: 2 * side**3 / best[name] for name in _DTYPES},
+        matmul={name: 2 * sides[name] ** 3 / best[name] for name in _DTYPES},
     )
+
+
+def _product(
+    dtype: torch.dtype, device: torch.device, side: int | None
+) -> tuple[int, Callable[[], Tensor]]:
+    """A square product and its side: the largest that is not too long here, unless it is given."""
+    largest, side, seconds = side or _LARGEST[device.type], side or 128, 0.0
+    while seconds == 0.0 or (side < largest and 8 * seconds < _LONGEST):
+        side = min(2 * side, largest)
+        a, b = torch.randn(2, side, side, device=device).to(dtype)
+        a @ b
+        synchronize(device)
+        start = time.perf_counter()
+        a @ b
+        synchronize(device)
+        seconds = time.perf_counter() - start
+    return side, lambda: a @ b
 
 
 def saved_bytes(forward: Callable[[], Tensor], exclude: Iterable[Tensor]) -> int:

@@ -21,15 +21,15 @@ from fastmim.ops import OPS, Masks, use_backend
 NAME = "ops"
 # fmt: off
 COLUMNS: list[Column] = [
-    ("shape", "shape", ""), ("operator", "kernel_name", ""), ("program", "kernel_provider", ""),
-    ("dtype", "dtype", ""), *TIMES, *FLOOR, ("vs torch", "vs_peer", ".2f"),
-    ("vs compiled", "vs_compiled", ".2f"), *CHECKS,
+    ("shape", "shape", ""), ("operator", "kernel_name", ""), ("case", "case", ""),
+    ("program", "kernel_provider", ""), ("dtype", "dtype", ""), *TIMES, *FLOOR,
+    ("vs torch", "vs_peer", ".2f"), ("vs compiled", "vs_compiled", ".2f"), *CHECKS,
 ]
 # fmt: on
 WORDS = {"op": list(OPS)}
 _NAMES = {torch.float32: "fp32", torch.bfloat16: "bf16"}
 # Relative error (Euclidean norm) of every result against PyTorch in float64.
-_TOLERANCE = {torch.float32: 1e-5, torch.bfloat16: 2e-2}
+TOLERANCE = {torch.float32: 1e-5, torch.bfloat16: 2e-2}
 
 
 class Sizes(NamedTuple):
@@ -72,6 +72,7 @@ class Problem:
         truth: ``plain`` on float64 inputs; None if results must be equal to the bit.
         bytes: That must be moved: every input read once, every output written once.
         flops: Of matrix products; 0 where bytes alone bound.
+        case: Tells it from the same operator at another size.
     """
 
     operator: str
@@ -80,6 +81,7 @@ class Problem:
     truth: Callable[[], list[Tensor]] | None
     bytes: int
     flops: int = 0
+    case: str = ""
 
 
 def _differentiated(
@@ -105,6 +107,7 @@ def _problem(
     grads: list[Tensor] | None,
     moved: int,
     flops: int = 0,
+    case: str = "",
 ) -> Problem:
     """A differentiable operator; ``plain`` takes the arguments of ``ours``."""
     double = tuple(a.double() if _floats(a) else a for a in args)
@@ -116,6 +119,7 @@ def _problem(
         functools.partial(_differentiated, plain, double, wanted, double_grads),
         moved,
         flops,
+        case,
     )
 
 
@@ -318,6 +322,7 @@ def problems(s: Sizes, device: torch.device) -> Iterator[Problem]:
             grads=[normal(s.batch, count, heads, width)],
             moved=s.batch * count * heads * width * item * (3 + 1 + 3 + 1 + 3),
             flops=s.batch * count**2 * heads * width * (4 + 10),
+            case=f"{count} tokens, {heads} x {width}",
         )
 
     if device.type == "cpu":  # elsewhere the product is PyTorch's own
@@ -352,8 +357,8 @@ def run(options: Options) -> Iterator[dict]:
             if options.operators is not None and problem.operator not in options.operators:
                 continue
             options.say(f"ops {shape} {problem.operator}")
-            programs = _programs(problem, device, compiled)
-            errors = _errors(problem, programs, sizes.dtype)
+            programs = programs_of(problem, device, compiled)
+            errors = errors_of(problem, programs, sizes.dtype)
             dtype = _NAMES[sizes.dtype]
             floor = options.ceilings.floor(problem.bytes, problem.flops, dtype)
             timings = interleave(programs, **options.timing(), kernels=True)
@@ -364,6 +369,7 @@ def run(options: Options) -> Iterator[dict]:
                     kernel_name=problem.operator,
                     kernel_provider=name,
                     kernel_operation_mode="full",
+                    case=problem.case,
                     shape=shape,
                     dtype=dtype,
                     x_name="batch",
@@ -375,11 +381,11 @@ def run(options: Options) -> Iterator[dict]:
                     vs_peer=speedup(timing, timings["torch"]),
                     vs_compiled=speedup(timing, timings["compiled"]) if compiled else None,
                     error=errors[name],
-                    match=errors[name] <= _TOLERANCE[sizes.dtype],
+                    match=errors[name] <= TOLERANCE[sizes.dtype],
                 )
 
 
-def _programs(
+def programs_of(
     problem: Problem, device: torch.device, compiled: bool
 ) -> dict[str, Callable[[], list[Tensor]]]:
     """Every backend that can serve on the device, best first, and PyTorch."""
@@ -399,7 +405,7 @@ def _served(backend: str, call: Callable[[], list[Tensor]]) -> list[Tensor]:
         return call()
 
 
-def _errors(problem: Problem, programs: dict, dtype: torch.dtype) -> dict[str, float]:
+def errors_of(problem: Problem, programs: dict, dtype: torch.dtype) -> dict[str, float]:
     """Largest relative error of the results of each program; infinite where bits must be equal."""
     errors = {}
     if problem.truth is None:

@@ -4,12 +4,19 @@ import importlib.util
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
-# Of programs, in the order in which they appear; fastmim has the first.
+# Of programs, in the order in which they appear; fastmim and its backends come first.
 _COLOURS = ("#1b6ca8", "#d1495b", "#8d99ae", "#edae49", "#5c946e", "#7b5ea7", "#30343f", "#c97b63")
-_PARTS = {"forward_ms": "#1b6ca8", "backward_ms": "#8fc1e3", "update_ms": "#edae49"}
+# Of the parts of a step; one that is not named is drawn in the last colour.
+_PARTS = {
+    "masks": "#12355b", "embed": "#1b6ca8", "encoder": "#3d8fcc", "decoder": "#7fb8e0",
+    "forward": "#3d8fcc", "teacher": "#d1495b", "loss": "#5c946e", "backward": "#c3cfd9",
+    "update": "#edae49", "other": "#30343f",
+}  # fmt: skip
 _MARKS = {"mae": ("o", "--"), "rc_mae": ("s", "-"), "dbot": ("^", "-."), "sdae": ("D", ":")}
 _NAMES = {"mae": "MAE", "rc_mae": "RC-MAE", "dbot": "dBOT", "sdae": "SdAE"}
 _OTHER = ("v", "-")
+_OURS = ("fastmim", "cuda", "triton", "cpp")
+_HIGHEST = 250  # per cent of the floor that are drawn
 
 
 def draw(rows: Sequence[dict], folder: Path) -> list[Path]:
@@ -33,7 +40,7 @@ def draw(rows: Sequence[dict], folder: Path) -> list[Path]:
             _with(trained, "images_per_second"),
         ),
         "memory": (_by_batch("peak_memory_gib", "peak GiB"), _with(trained, "peak_memory_gib")),
-        "parts": (_by_part, _with(trained, "forward_ms")),
+        "parts": (_by_part, _with(trained, "parts_ms")),
         "operators": (
             _operators,
             [r for r in _with(good, "percent_of_floor") if "method" not in r],
@@ -73,9 +80,23 @@ def _groups(rows: Sequence[dict], *fields: str) -> Iterator[tuple[tuple, list[di
         yield key, [row for row in rows if tuple(row.get(f) for f in fields) == key]
 
 
+def _legend(figure, axes: Sequence, columns: int) -> None:
+    """Below all panels, each program once."""
+    pairs = [pair for axis in axes for pair in zip(*axis.get_legend_handles_labels(), strict=True)]
+    unique = {label: handle for handle, label in pairs}
+    figure.legend(
+        unique.values(),
+        unique,
+        fontsize=7,
+        frameon=False,
+        ncols=columns,
+        loc="outside lower center",
+    )
+
+
 def _colours(rows: Sequence[dict]) -> dict[str, str]:
     names = list(dict.fromkeys(row["kernel_provider"] for row in rows))
-    names.sort(key=lambda name: name != "fastmim")
+    names.sort(key=lambda name: not name.startswith(_OURS))
     return {name: _COLOURS[i % len(_COLOURS)] for i, name in enumerate(names)}
 
 
@@ -103,7 +124,7 @@ def _by_batch(field: str, label: str) -> Callable:
             _batch_axis(axis, sorted({row["x_value"] for row in of_panel}))
             axis.set(ylabel=label, title=f"{_model(model)}, {dtype}", ylim=(0, None))
             axis.grid(axis="y", alpha=0.3)
-            axis.legend(fontsize=7, frameon=False, ncols=1 + (len(axis.lines) > 6))
+        _legend(figure, axes, columns=2 * min(2, len(panels)))
         return figure
 
     return picture
@@ -123,25 +144,41 @@ def _by_part(rows: Sequence[dict]):
     lines = max(len(of_panel) for _, of_panel in panels)
     figure, axes = _figure(len(panels), (6.4, 1.0 + 0.32 * lines))
     for axis, ((model, dtype, batch), of_panel) in zip(axes, panels, strict=True):
-        of_panel = sorted(of_panel, key=lambda row: (row["method"], row["y_value_50"]))[::-1]
-        names = [
-            f"{_NAMES.get(r['method'], r['method'])}, {r['kernel_provider']}" for r in of_panel
-        ]
-        left = [0.0] * len(of_panel)
-        for field, colour in _PARTS.items():
-            widths = [max(0.0, row[field]) for row in of_panel]
-            axis.barh(names, widths, left=left, color=colour, label=field.removesuffix("_ms"))
-            left = [a + b for a, b in zip(left, widths, strict=True)]
-        for i, (row, end) in enumerate(zip(of_panel, left, strict=True)):
-            axis.text(end, i, f" {row['y_value_50']:.3g} ms", va="center", fontsize=7)
-            if row.get("floor_ms") is not None:
-                axis.plot([row["floor_ms"]] * 2, [i - 0.4, i + 0.4], color="black", linewidth=1.5)
+        of_panel = sorted(of_panel, key=lambda row: (row["method"], row["y_value_50"]))
+        _part_bars(axis, of_panel[::-1])
         axis.set(xlabel="ms", title=f"{_model(model)}, batch {batch}, {dtype}")
-        axis.set_xlim(0, 1.16 * max(left))
-        axis.tick_params(axis="y", labelsize=8, length=0)
-        axis.legend(fontsize=7, frameon=False, loc="upper right")
+    shown = {part: None for row in rows for part in row["parts_ms"]}
+    handles = [_patch(_PARTS.get(part, _PARTS["other"])) for part in shown]
+    figure.legend(handles, shown, fontsize=8, frameon=False, ncols=5, loc="outside lower center")
     figure.suptitle("Time of a training step by part; black: least time by arithmetic", fontsize=10)
     return figure
+
+
+def _part_bars(axis, rows: Sequence[dict]) -> None:
+    ends = []
+    for i, row in enumerate(rows):
+        left = 0.0
+        for part, ms in row["parts_ms"].items():
+            axis.barh(i, ms, left=left, color=_PARTS.get(part, _PARTS["other"]))
+            left += ms
+        axis.text(left, i, f" {_short(row['y_value_50'])} ms", va="center", fontsize=7)
+        if row.get("floor_ms") is not None:
+            axis.plot([row["floor_ms"]] * 2, [i - 0.4, i + 0.4], color="black", linewidth=1.5)
+        ends.append(left)
+    names = [f"{_NAMES.get(r['method'], r['method'])}, {r['kernel_provider']}" for r in rows]
+    axis.set_yticks(range(len(rows)), names, fontsize=8)
+    axis.tick_params(axis="y", length=0)
+    axis.set_xlim(0, 1.12 * max(ends))
+
+
+def _short(value: float) -> str:
+    return f"{value:,.0f}" if value >= 100 else f"{value:.3g}"
+
+
+def _patch(colour: str):
+    from matplotlib.patches import Patch
+
+    return Patch(color=colour)
 
 
 def _operators(rows: Sequence[dict]):
@@ -154,27 +191,27 @@ def _operators(rows: Sequence[dict]):
         _operator_bars(axis, of_panel, colours)
         axis.set(xlabel="% of the floor", title=f"{suite}, {shape}, {dtype}")
         axis.axvline(100, color="black", linewidth=1)
-        handles, labels = axis.get_legend_handles_labels()
-        unique = dict(zip(labels, handles, strict=True))
-        axis.legend(unique.values(), unique, fontsize=7, frameon=False)
+    _legend(figure, axes, columns=4)
     figure.suptitle("Operators: share of the speed that bytes and FLOPs allow", fontsize=10)
     return figure
 
 
 def _operator_bars(axis, rows: Sequence[dict], colours: dict[str, str]) -> None:
     y, places, names = 0.0, [], []
-    for (name,), of_operator in _groups(rows, "kernel_name"):
+    for (name, case), of_operator in _groups(rows, "kernel_name", "case"):
         first = y
         for row in of_operator:
             percent = row["percent_of_floor"]
             program = row["kernel_provider"]
             axis.barh(y, percent, height=0.9, color=colours[program], label=program)
-            axis.text(percent, y, f" {percent:.0f}", va="center", fontsize=6)
+            end = min(percent, 0.93 * _HIGHEST)  # what is in cache passes the floor of memory
+            axis.text(end, y, f" {percent:.0f}", va="center", fontsize=6)
             y += 1
         places.append((first + y - 1) / 2)
-        names.append(name)
+        names.append(f"{name}\n{case}" if case else name)
         y += 0.7
     axis.set_yticks(places, names, fontsize=8)
     axis.tick_params(axis="y", length=0)
     axis.invert_yaxis()
-    axis.set_xlim(0, max(110, 1.1 * max(row["percent_of_floor"] for row in rows)))
+    highest = max(row["percent_of_floor"] for row in rows)
+    axis.set_xlim(0, min(max(110, 1.1 * highest), _HIGHEST))

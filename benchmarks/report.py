@@ -82,7 +82,7 @@ def _machine(name: str, path: Path, suites: Sequence[Suite]) -> Iterator[str]:
     rows = [row for row in rows_of.read(path) if not row.get("smoke")]
     yield f"### {name}, {path.stem}\n"
     for suite in suites:
-        of_suite = [row for row in rows if row["suite"] == suite.NAME]
+        of_suite = list(rows_of.keyed(r for r in rows if r["suite"] == suite.NAME).values())
         if of_suite:
             yield f"#### {suite.NAME}\n"
             yield _about(of_suite) + "\n"

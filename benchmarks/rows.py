@@ -7,6 +7,17 @@ from pathlib import Path
 
 from suite import Column
 
+# What a row is about: rows that agree in these measured the same thing.
+KEY = (
+    *("suite", "shape", "kernel_name", "kernel_provider", "kernel_operation_mode"),
+    *("method", "model", "case", "dtype", "images", "x_name", "x_value", "processes", "stage"),
+)
+
+
+def keyed(rows: Iterable[dict]) -> dict[tuple, dict]:
+    """Rows by what they are about; the last one of each counts."""
+    return {tuple(row.get(field) for field in KEY): row for row in rows}
+
 
 def append(path: Path, row: dict) -> None:
     """Add a row to a JSONL file; it is there even if the next one fails."""
@@ -20,13 +31,15 @@ def read(path: Path) -> list[dict]:
 
 
 def write_csv(path: Path, rows: Sequence[dict]) -> None:
-    """All rows under the union of their fields; lists as JSON."""
+    """All rows under the union of their fields; lists and the like as JSON."""
     fields = list(dict.fromkeys(field for row in rows for field in row))
     with path.open("w", newline="") as out:
         table = csv.DictWriter(out, fields)
         table.writeheader()
         for row in rows:
-            table.writerow({k: json.dumps(v) if isinstance(v, list) else v for k, v in row.items()})
+            table.writerow(
+                {k: json.dumps(v) if isinstance(v, list | dict) else v for k, v in row.items()}
+            )
 
 
 def text(rows: Sequence[dict], columns: Sequence[Column]) -> str:

@@ -152,7 +152,7 @@ class _Synchronised:
 
     def __init__(self, method: Method) -> None:
         self._method = method
-        self.parallel = DistributedDataParallel(method, broadcast_buffers=False)
+        self.parallel = DistributedDataParallel(method)
 
     def __call__(self, *args, **kwargs):
         return self.parallel(*args, **kwargs)

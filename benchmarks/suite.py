@@ -9,7 +9,7 @@ to each row, writes, prints and plots it. Fields that its pictures and the repor
   ``y_value_20``, ``y_value_80`` in ms, ``n``;
 - ``match``: this very case computes what it should (true of an "oom" row: nothing is claimed);
 - a step: ``method``, ``model``, ``images_per_second``, ``peak_memory_gib``, ``peak_reserved_gib``,
-  and its parts ``forward_ms``, ``backward_ms``, ``update_ms``;
+  and ``parts_ms``, part to ms;
 - ``bytes``, ``flops`` and ``percent_of_floor``, by :meth:`Options.against_floor`.
 """
 
