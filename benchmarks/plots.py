@@ -13,7 +13,10 @@ _PARTS = {
     "update": "#edae49", "other": "#30343f",
 }  # fmt: skip
 _MARKS = {"mae": ("o", "--"), "rc_mae": ("s", "-"), "dbot": ("^", "-."), "sdae": ("D", ":")}
-_NAMES = {"mae": "MAE", "rc_mae": "RC-MAE", "dbot": "dBOT", "sdae": "SdAE"}
+_NAMES = {
+    "mae": "MAE", "rc_mae": "RC-MAE", "dbot": "dBOT", "sdae": "SdAE", "ibot": "iBOT", "msn": "MSN",
+    "bootmae-style": "BootMAE style",
+}  # fmt: skip
 _OTHER = ("v", "-")
 _OURS = ("fastmim", "cuda", "triton", "cpp")
 _HIGHEST = 250  # per cent of the floor that are drawn
@@ -185,10 +188,11 @@ def _operators(rows: Sequence[dict]):
     """How near operators come to their floor, a panel for each size, a bar for each program."""
     panels = list(_groups(rows, "suite", "shape", "dtype"))
     colours = _colours(rows)
-    counts = [len(of_panel) for _, of_panel in panels]
-    figure, axes = _figure(len(panels), (5.6, 1.0 + 0.2 * max(counts)))
+    most = max(len(of_panel) for _, of_panel in panels)
+    figure, axes = _figure(len(panels), (5.6, 1.0 + 0.22 * most))
     for axis, ((suite, shape, dtype), of_panel) in zip(axes, panels, strict=True):
         _operator_bars(axis, of_panel, colours)
+        axis.set_ylim(max(axis.get_ylim()[0], 1.1 * most), -1)
         axis.set(xlabel="% of the floor", title=f"{suite}, {shape}, {dtype}")
         axis.axvline(100, color="black", linewidth=1)
     _legend(figure, axes, columns=4)

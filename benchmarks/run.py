@@ -201,8 +201,10 @@ def parse(words: Sequence[str]) -> argparse.Namespace:
         if getattr(asked, option) is not None and getattr(asked, option) < 1:
             parser.error(f"--{option}: expected at least 1, got {getattr(asked, option)}")
     asked.quick = not (asked.suite or asked.shape or asked.model or asked.batch or asked.smoke)
-    names = asked.suite or ["all"]
-    asked.suite = SUITES if "all" in names else [named[name] for name in names]
+    everything = not asked.suite or "all" in asked.suite
+    asked.suite = SUITES if everything else [named[name] for name in asked.suite]
+    if everything:  # those that know what was asked for
+        asked.suite = [suite for suite in SUITES if _refusal(suite, asked) is None]
     try:
         _fit_together(asked)
     except ValueError as error:
@@ -218,13 +220,21 @@ def _fit_together(asked: argparse.Namespace) -> None:
         gpu_check.refuse_unless_possible(asked.suite, asked.device)
     if scaling.world_size() > 1 or scaling in apart:
         asked.suite = scaling.suites(asked.suite, steps)
-    for suite in asked.suite:
-        if asked.shape and not set(asked.shape) & set(suite.SHAPES):
-            raise ValueError(f"--shape: suite {suite.NAME} has {','.join(suite.SHAPES)}")
+    for refusal in filter(None, (_refusal(suite, asked) for suite in asked.suite)):
+        raise ValueError(refusal)
+    if not asked.suite:
+        raise ValueError("no suite knows all of what was asked for; see --list")
+
+
+def _refusal(suite: Suite, asked: argparse.Namespace) -> str | None:
+    """Why a suite cannot do what was asked for."""
+    if asked.shape and not set(asked.shape) & set(suite.SHAPES):
+        return f"--shape: suite {suite.NAME} has {','.join(suite.SHAPES) or 'none'}"
     for option in ("method", "peer", "op"):
-        words = set(getattr(asked, option) or ())
-        if words and not any(words & set(suite.WORDS.get(option, ())) for suite in asked.suite):
-            raise ValueError(f"--{option}: no suite asked for knows {','.join(sorted(words))}")
+        known, words = suite.WORDS.get(option, ()), getattr(asked, option) or ()
+        if words and not set(words) & set(known):
+            return f"--{option}: suite {suite.NAME} knows {','.join(known) or 'none'}"
+    return None
 
 
 def _set_lengths(asked: argparse.Namespace) -> None:

@@ -93,7 +93,7 @@ def test_list_names_suites_shapes_and_programs():
         (["--op", "atention"], "unknown op 'atention'; did you mean attention"),
         (["--batch", "64,0"], "expected numbers of images from 1, got '64,0'"),
         (["--rounds", "0"], "--rounds: expected at least 1, got 0"),
-        (["--suite", "ema", "--method", "mae"], "--method: no suite asked for knows mae"),
+        (["--suite", "ema", "--method", "mae"], "--method: suite ema knows none"),
         (["--suite", "ema", "--shape", "base224"], "--shape: suite ema has tiny32,"),
         (["--suite", "scaling"], "torchrun --nproc-per-node=2 benchmarks/run.py --suite step"),
     ],
@@ -103,6 +103,16 @@ def test_words_that_are_unknown_or_do_not_fit_are_refused_with_the_remedy(words,
         run.parse(words)
     assert refused.value.code == 2
     assert said in capsys.readouterr().err
+
+
+def test_without_a_suite_those_run_that_know_what_is_asked_for():
+    def suites(*words: str) -> list[str]:
+        return [suite.NAME for suite in run.parse(words).suite]
+
+    assert suites() == [suite.NAME for suite in run.SUITES] == suites("--suite", "all")
+    assert suites("--op", "ema_update_", "--shape", "base") == ["ema"]
+    assert "step" in suites("--method", "sdae")
+    assert "ops" not in suites("--method", "sdae")
 
 
 def test_two_processes_of_torchrun_are_measured_against_one(tmp_path):
