@@ -4,6 +4,7 @@ Without arguments: a selection of less than five minutes. See benchmarks/README.
 """
 
 import argparse
+import dataclasses
 import datetime
 import math
 import os
@@ -42,7 +43,7 @@ APART: list[Suite] = [gpu_check, scaling]
 FOLDER = "benchmark-results"
 # On a GPU nobody else takes part of a block, and a call is short.
 _BLOCK_SECONDS = {"cpu": 0.6, "cuda": 0.1}
-_SMOKE_SHAPE = "tiny32"  # of suites that have it
+_SMALL = "tiny32"  # shape of the suites that have it
 _NOTES = (
     "vs: times as fast, median over rounds. % of floor: by arithmetic and this run's copy and\n"
     "matrix product. kept: of all calls those in blocks in which other processes took at most 0.1\n"
@@ -118,31 +119,48 @@ def selection(
 ) -> Iterator[tuple[Suite, Options]]:
     """Suites with what each is to run."""
     for suite in asked.suite:
-        shapes = asked.shape or suite.DEFAULT[device.type][: 1 if asked.quick else None]
-        if asked.smoke and not asked.shape:
-            shapes = [shape for shape in suite.SHAPES if shape == _SMOKE_SHAPE] or shapes[:1]
-        yield (
-            suite,
-            Options(
-                device=device,
-                shapes=[shape for shape in suite.SHAPES if shape in shapes],
-                methods=asked.method or suite.WORDS.get("method", ()),
-                dtypes=asked.dtype or _native_dtypes(device),
-                models=asked.model,
-                batch=asked.batch,
-                peers=asked.peer,
-                operators=asked.op,
-                images=asked.images,
-                compiled=asked.compile,
-                rounds=asked.rounds,
-                block_seconds=asked.block_seconds or _BLOCK_SECONDS[device.type],
-                seconds=asked.seconds,
-                memory=not asked.no_memory,
-                ceilings=ceilings,
-                smoke=asked.smoke,
-                say=say,
-            ),
+        options = Options(
+            device=device,
+            shapes=_shapes(suite, asked, device),
+            methods=asked.method or suite.WORDS.get("method", ()),
+            dtypes=asked.dtype or _native_dtypes(device),
+            models=asked.model,
+            batch=asked.batch,
+            peers=asked.peer,
+            operators=asked.op,
+            images=asked.images,
+            compiled=asked.compile,
+            rounds=asked.rounds,
+            block_seconds=asked.block_seconds or _BLOCK_SECONDS[device.type],
+            seconds=asked.seconds,
+            memory=not asked.no_memory,
+            ceilings=ceilings,
+            smoke=asked.smoke,
+            say=say,
         )
+        yield suite, options
+        if asked.quick and suite is steps:  # for the picture of throughput
+            _, batch = suite.SHAPES[options.shapes[0]]
+            yield (
+                suite,
+                dataclasses.replace(
+                    options,
+                    batch=[batch // 4, batch // 2],
+                    methods=options.methods[:1],
+                    dtypes=options.dtypes[-1:],
+                    peers=options.peers or ["plain"],
+                    memory=False,
+                ),
+            )
+
+
+def _shapes(suite: Suite, asked: argparse.Namespace, device: torch.device) -> list[str]:
+    """What was asked for; else what is made for the device, of which a short run takes one."""
+    shapes = asked.shape or suite.DEFAULT[device.type]
+    if not asked.shape and (asked.smoke or asked.quick):
+        small = asked.smoke or device.type == "cpu"
+        shapes = [_SMALL] if small and _SMALL in suite.SHAPES else shapes[:1]
+    return [shape for shape in suite.SHAPES if shape in shapes]
 
 
 def _native_dtypes(device: torch.device) -> list[str]:

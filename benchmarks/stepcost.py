@@ -49,6 +49,7 @@ SHAPES = {
     "base224": ("mae_vit_base_patch16", 64),
     "large224": ("mae_vit_large_patch16", 32),
 }
+_SMOKE_BATCH = 2
 DEFAULT = {"cpu": ["small224"], "cuda": ["base224", "large224"]}
 # fmt: off
 COLUMNS: list[Column] = [
@@ -328,6 +329,7 @@ def run(options: Options) -> Iterator[dict]:
     """A row for every method and shape, in the last precision asked for."""
     dtype = options.dtypes[-1]
     for shape, model, batch in options.cases(SHAPES):
+        batch = _SMOKE_BATCH if options.smoke else batch
         cases = {
             (method, program): Case(model, batch, _method(method), dtype, options.device.type)
             for method, program in _COMPARED
