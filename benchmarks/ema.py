@@ -1,15 +1,24 @@
-"""Suite ``ema``: optimizer and teacher updates, against PyTorch's own and a plain copy."""
+"""Suite ``ema``: optimizer and teacher updates, against PyTorch's own and their floor."""
 
 import functools
 from collections.abc import Callable, Iterator
 
 import torch
 from measure import interleave, speedup
+from suite import CHECKS, FLOOR, TIMES, Column, Options
 from torch import Tensor
 
 from fastmim import create_model
 from fastmim.ops import OPS, adamw_ema_, ema_update_, use_backend
 
+NAME = "ema"
+# fmt: off
+COLUMNS: list[Column] = [
+    ("shape", "shape", ""), ("operator", "kernel_name", ""), ("program", "kernel_provider", ""),
+    ("values", "x_value", ",d"), *TIMES, *FLOOR, ("vs torch", "vs_peer", ".2f"), *CHECKS,
+]
+# fmt: on
+WORDS = {"op": ["adamw_ema_", "ema_update_"]}
 # Shape to the model whose parameters are updated; the first is in cache, the others are not.
 SHAPES = {
     "tiny32": "mae_vit_micro_patch4",
@@ -21,16 +30,10 @@ SHAPES = {
 DEFAULT = {"cpu": ["tiny32", "rc_small", "small224", "base"], "cuda": ["base", "large"]}
 _CONSTANTS = dict(lr=1e-3, betas=(0.9, 0.95), eps=1e-8, weight_decay=0.05)
 _MOMENTUM = 0.996
-_COPIED = 2**26  # float32 values of the copy that shows the bandwidth: 256 MiB, beyond any cache
 _TOLERANCE = 1e-6  # relative error of each list of tensors (Euclidean norm), float32
-# Bytes per parameter, each value read or written once: AdamW reads p, g, m, v and writes p, m, v;
-# the EMA reads p, t and writes t. In one pass p is not read again.
-_BYTES = {
-    ("adamw_ema_", "torch"): 28 + 12,
-    ("adamw_ema_", "fastmim"): 36,
-    ("ema_update_", "torch"): 12,
-    ("ema_update_", "fastmim"): 12,
-}
+# Least bytes per parameter, each value read or written once: AdamW reads p, g, m, v and writes
+# p, m, v; the EMA reads p, t and writes t. In one pass p is not read again.
+_BYTES = {"adamw_ema_": 36, "ema_update_": 12}
 
 
 class State:
@@ -50,7 +53,9 @@ class State:
         )
         for param, grad in zip(self.params, self.grads, strict=True):
             param.grad = grad
-        self._optimizer = torch.optim.AdamW(self.params, fused=True, **_CONSTANTS)
+        self._optimizer = torch.optim.AdamW(
+            self.params, fused=True, capturable=device.type == "cuda", **_CONSTANTS
+        )
         for p, m, v in zip(self.params, self.exp_avgs, self.exp_avg_sqs, strict=True):
             # The moments are shared: every program updates the same memory.
             step = torch.zeros((), device=device)
@@ -102,41 +107,33 @@ class State:
         return calls
 
 
-def run(
-    *,
-    shapes: list[str],
-    device: torch.device,
-    rounds: int,
-    block_seconds: float,
-    smoke: bool,
-    say: Callable[[str], None],
-) -> Iterator[dict]:
-    """A row for every shape, operator and backend, and one for the copy."""
-    for shape in shapes:
+def describe() -> list[str]:
+    return [
+        "suite ema    operators adamw_ema_,ema_update_   programs torch and every backend",
+        *(f"  {name:10} trained parameters of {model}" for name, model in SHAPES.items()),
+    ]
+
+
+def run(options: Options) -> Iterator[dict]:
+    """A row for every shape, operator and backend."""
+    for shape in options.shapes:
         with torch.device("meta"):
             model = create_model(SHAPES[shape])
         sizes = [p.shape for p in model.parameters() if p.requires_grad]
         count = sum(size.numel() for size in sizes)
-        say(f"ema {shape}: correctness")
-        errors = _errors(sizes, device)
-        programs = State(sizes, device).programs()
-        source = torch.ones(_COPIED // 16 if smoke else _COPIED, device=device)
-        target = torch.zeros_like(source)
-        programs["copy", "torch"] = lambda s=source, t=target: t.copy_(s)
-        say(f"ema {shape}: timing, {rounds} rounds of {len(programs)} programs")
-        timings = interleave(
-            programs,
-            rounds=rounds,
-            block_seconds=block_seconds,
-            device=device,
-            kernels=True,
-        )
-        bandwidth = 2 * source.nbytes / timings["copy", "torch"].row()["y_value_50"]
+        options.say(f"ema {shape}: correctness")
+        errors = _errors(sizes, options.device)
+        programs = {
+            key: program
+            for key, program in State(sizes, options.device).programs().items()
+            if options.operators is None or key[0] in options.operators
+        }
+        options.say(f"ema {shape}: timing {len(programs)} programs")
+        timings = interleave(programs, **options.timing(), kernels=True)
         for (name, provider), timing in timings.items():
             measured = timing.row()
-            moved = 2 * source.nbytes
-            if name != "copy":
-                moved = count * _BYTES[name, "torch" if provider == "torch" else "fastmim"]
+            moved = count * _BYTES[name]
+            floor = options.ceilings.floor(moved)
             yield dict(
                 suite="ema",
                 kernel_name=name,
@@ -146,14 +143,12 @@ def run(
                 model=SHAPES[shape],
                 dtype="fp32",
                 x_name="parameters",
-                x_value=source.numel() if name == "copy" else count,
+                x_value=count,
                 **measured,
-                bytes=moved,
-                gb_per_second=moved / measured["y_value_50"] / 1e6,
-                percent_of_copy=100 * moved / measured["y_value_50"] / bandwidth,
+                **options.against_floor(measured["y_value_50"], floor, moved, 0),
                 vs_peer=speedup(timing, timings[name, "torch"]),
-                error=errors.get((name, provider), 0.0),
-                match=errors.get((name, provider), 0.0) <= _TOLERANCE,
+                error=errors[name, provider],
+                match=errors[name, provider] <= _TOLERANCE,
             )
 
 

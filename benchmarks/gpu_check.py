@@ -9,16 +9,31 @@ import importlib.util
 import os
 import shutil
 import sys
+import tempfile
+from collections.abc import Iterator, Sequence
 from functools import partial
 from pathlib import Path
 
+import rows as rows_of
 import torch
-from stages import SHOWN, Result, Stage, by_report
+from stages import SHOWN, Result, Stage, by_report, run_stages
+from suite import Column, Options
 
+from fastmim.info import report
 from fastmim.ops import OPS
 
 ROOT = Path(__file__).parents[1]
 NAME = "gpu-check"
+SHAPES: dict = {}
+DEFAULT: dict = {"cpu": [], "cuda": []}
+WORDS: dict = {}
+# fmt: off
+COLUMNS: list[Column] = [
+    ("stage", "stage", ""), ("status", "status", ""), ("passed", "passed", "d"),
+    ("failed", "failed", "d"), ("skipped", "skipped", "d"), ("seconds", "seconds", ".0f"),
+    ("reason", "reason", ""),
+]
+# fmt: on
 SECONDS = 520  # of 540: the first lines and the table take some too
 
 # Name of a stage to its files in tests/ and its seconds, the most important first.
@@ -64,6 +79,35 @@ x = torch.zeros(1024, device="cuda")
 write_behind[(1,)](x, SIZE=1024)
 torch.cuda.synchronize()
 """
+
+
+def describe() -> list[str]:
+    return [f"suite {NAME}   the checkout on a GPU: build, tests, compute-sanitizer, times"]
+
+
+def refuse_unless_possible(suites: Sequence[object], device: str) -> None:
+    """ValueError if other suites are asked for as well, or there is no GPU."""
+    if len(suites) > 1:
+        raise ValueError(f"--suite: {NAME} times the other suites itself")
+    problem = report()["cuda"]["problem"]
+    if device == "cpu" or problem:
+        raise ValueError(
+            f"--suite {NAME} needs a CUDA GPU ({problem or '--device cpu'}): run it on a machine "
+            "with one and a CUDA build of torch; `pytest` makes the CPU's checks"
+        )
+
+
+def run(options: Options) -> Iterator[dict]:
+    """A row of every stage, and those that it measured."""
+    with tempfile.TemporaryDirectory() as name:
+        folder = Path(name)
+        path = folder / "rows.jsonl"
+        seen = 0
+        for row in run_stages(plan(folder, path, options.device), seconds=SECONDS, say=options.say):
+            yield row
+            measured = rows_of.read(path)[seen:] if path.exists() else []
+            seen += len(measured)
+            yield from measured
 
 
 def by_sanitizer(status: int, output: str) -> Result:

@@ -1,16 +1,25 @@
-"""Interleaved timing with the quiet rule, saved-for-backward bytes, and peak memory."""
+"""Interleaved timing with the quiet rule, ceilings, saved-for-backward bytes, and peak memory."""
 
+import contextlib
 import gc
 import math
 import multiprocessing
+import os
 import statistics
+import sys
 import time
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import TypeVar
 
 import torch
+from roofline import Ceilings
 from torch import Tensor
+
+Result = TypeVar("Result")
 
 _FLUSHED = 2**28  # bytes cleared before a call on a GPU: beyond any second-level cache
 _MAX_LEAD = 64  # clears before a call
@@ -40,39 +49,74 @@ class Block:
 
 @dataclass
 class Timing:
-    """The blocks of one program, one per round."""
+    """The blocks of one program, one per round.
+
+    Attributes:
+        blocks: None of a program that ran out of memory.
+        timed_by: clock: the host's; events: of the stream; graph: the same, replayed at once.
+    """
 
     blocks: list[Block] = field(default_factory=list)
+    timed_by: str = "clock"
 
     def row(self) -> dict:
         """Median and spread in ms. If no block was quiet all count, and ``quiet`` is false."""
         quiet = [s for block in self.blocks if block.quiet for s in block.seconds]
         every = [s for block in self.blocks for s in block.seconds]
-        ms = torch.tensor(quiet or every, dtype=torch.float64) * 1e3
-        p20, p50, p80 = ms.quantile(torch.tensor([0.2, 0.5, 0.8], dtype=torch.float64)).tolist()
+        p20, p50, p80 = _quantiles(quiet or every) if every else (None, None, None)
         return dict(
+            status="ok" if every else "oom",
             metric_name="ms",
             y_value_50=p50,
             y_value_20=p20,
             y_value_80=p80,
+            block_ms=[round(1e3 * statistics.median(b.seconds), 6) for b in self.blocks],
             n=len(quiet or every),
             kept=len(quiet),
             total=len(every),
             quiet=bool(quiet),
+            timed_by=self.timed_by,
         )
 
 
-def speedup(timing: Timing, peer: Timing) -> float:
+def _quantiles(seconds: list[float]) -> list[float]:
+    ms = torch.tensor(seconds, dtype=torch.float64) * 1e3
+    return ms.quantile(torch.tensor([0.2, 0.5, 0.8], dtype=torch.float64)).tolist()
+
+
+def speedup(timing: Timing, peer: Timing) -> float | None:
     """How many times as fast as the peer: median over rounds, so that drift cancels.
 
-    Rounds in which both were quiet; all rounds if there is none.
+    Rounds in which both were quiet; all rounds if there is none. None if one ran out of memory.
     """
+    if not timing.blocks or not peer.blocks:
+        return None
     pairs = list(zip(timing.blocks, peer.blocks, strict=True))
     quiet = [(mine, other) for mine, other in pairs if mine.quiet and other.quiet]
     return statistics.median(
         statistics.median(other.seconds) / statistics.median(mine.seconds)
         for mine, other in quiet or pairs
     )
+
+
+def out_of_memory(error: BaseException) -> bool:
+    """Whether an error says that memory is exhausted, of a GPU or of the host."""
+    if isinstance(error, torch.OutOfMemoryError | MemoryError):
+        return True
+    return isinstance(error, RuntimeError) and "can't allocate memory" in str(error)
+
+
+def unless_out_of_memory(function: Callable[..., Result], *args) -> Result | None:
+    """What the call returns; None if memory does not suffice, which then is free again."""
+    try:
+        return function(*args)
+    except (RuntimeError, MemoryError) as error:
+        if not out_of_memory(error):
+            raise
+    gc.collect()
+    if torch.cuda.is_initialized():
+        torch.cuda.empty_cache()
+    return None
 
 
 def interleave(
@@ -82,6 +126,7 @@ def interleave(
     block_seconds: float,
     device: torch.device,
     warm_up: int = 2,
+    seconds: float = math.inf,
     kernels: bool = False,
 ) -> dict[str, Timing]:
     """Time programs in turns, A B C, B C A, ...: all of them meet the same noise.
@@ -92,32 +137,58 @@ def interleave(
         block_seconds: Least length of a block; it holds at least one call.
         device: Synchronised after every call.
         warm_up: Calls of each program that are not timed.
+        seconds: After so many no round is begun, but two are made.
         kernels: On a GPU, time what it does and not the wait for the host: between two events on
             the stream, from a cold cache. Otherwise the whole call is timed by the host's clock.
+
+    Returns:
+        A timing without blocks of a program that ran out of memory.
     """
-    for program in programs.values():
-        for _ in range(warm_up):
-            program()
-    on_gpu = kernels and device.type == "cuda"
-    stopwatch = _Events if on_gpu else _Clock
-    timed = {name: stopwatch(program, device) for name, program in programs.items()}
+    stopwatch = _Events if kernels and device.type == "cuda" else _Clock
     timings = {name: Timing() for name in programs}
-    order = list(programs)
+    timed = {}
+    for name, program in programs.items():
+        ready = unless_out_of_memory(_warmed, stopwatch, program, device, warm_up)
+        if ready is not None:
+            timed[name] = ready
+            timings[name].timed_by = ready.timed_by
+    order = list(timed)
     gc.collect()
     gc.disable()
+    begin = time.perf_counter()
     try:
-        for _ in range(rounds):
-            for name in order:
-                timings[name].blocks.append(_block(timed[name], block_seconds, device))
-            order.append(order.pop(0))
+        for i in range(rounds):
+            if i >= 2 and time.perf_counter() - begin > seconds:
+                break
+            for name in tuple(order):
+                block = unless_out_of_memory(_block, timed[name], block_seconds, device)
+                if block is None:
+                    timings[name].blocks.clear()
+                    order.remove(name)
+                else:
+                    timings[name].blocks.append(block)
+            order = order[1:] + order[:1]
             gc.collect()
     finally:
         gc.enable()
     return timings
 
 
+def _warmed(
+    stopwatch: "type[_Clock | _Events]",
+    program: Callable[[], object],
+    device: torch.device,
+    warm_up: int,
+) -> "_Clock | _Events":
+    for _ in range(warm_up):
+        program()
+    return stopwatch(program, device)
+
+
 class _Clock:
     """Seconds of one call by the host's clock, up to the end of what it started."""
+
+    timed_by = "clock"
 
     def __init__(self, program: Callable[[], object], device: torch.device) -> None:
         self._program, self._device = program, device
@@ -133,10 +204,12 @@ class _Events:
     """Seconds that a GPU needs for one call whose inputs are not in its cache.
 
     Clearing a buffer empties the cache and keeps the GPU busy meanwhile: as often as it takes for
-    the host to have submitted the whole call before the first event is reached.
+    the host to have submitted the whole call before the first event is reached. What takes the host
+    longer than the GPU is captured and replayed, if it can be: then launches do not count.
     """
 
     def __init__(self, program: Callable[[], object], device: torch.device) -> None:
+        self.timed_by = "events"
         self._program, self._device = program, device
         self._buffer = torch.empty(_FLUSHED, dtype=torch.uint8, device=device)
         self._start, self._end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
@@ -148,6 +221,10 @@ class _Events:
         self._clears = 1
         clear = min(self._between(self._buffer.zero_) for _ in range(3))
         self._clears = min(1 + math.ceil(2 * submitted / clear), _MAX_LEAD)
+        if submitted > self():
+            replay = _captured(program, device)
+            if replay is not None:
+                self.timed_by, self._program, self._clears = "graph", replay, 1
 
     def __call__(self) -> float:
         return self._between(self._program)
@@ -160,6 +237,23 @@ class _Events:
         self._end.record()
         synchronize(self._device)
         return self._start.elapsed_time(self._end) / 1e3
+
+
+def _captured(program: Callable[[], object], device: torch.device) -> Callable[[], None] | None:
+    """The replay of a program as a CUDA graph; None if it cannot be captured."""
+    stream, graph = torch.cuda.Stream(device), torch.cuda.CUDAGraph()
+    stream.wait_stream(torch.cuda.current_stream(device))
+    with torch.cuda.stream(stream):
+        for _ in range(2):
+            program()
+    torch.cuda.current_stream(device).wait_stream(stream)
+    try:
+        with torch.cuda.graph(graph, stream=stream):
+            program()
+    except RuntimeError:  # it waits for the device, or its optimizer's state is the host's
+        synchronize(device)
+        return None
+    return graph.replay
 
 
 def _block(timed: Callable[[], float], block_seconds: float, device: torch.device) -> Block:
@@ -186,6 +280,45 @@ def _busy_seconds() -> float:
 def synchronize(device: torch.device) -> None:
     if device.type == "cuda":
         torch.cuda.synchronize(device)
+
+
+_COPIED = {"cpu": 2**26, "cuda": 2**28}  # float32 values of the copy: beyond any cache
+_LARGEST = {"cpu": 2048, "cuda": 8192}  # side of the square product
+_LONGEST = 0.1  # seconds that it may take
+_DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
+
+
+def measure_ceilings(device: torch.device, *, smoke: bool) -> Ceilings:
+    """What copies and matrix products reach here at best, on random data."""
+    values = 2**20 if smoke else _COPIED[device.type]
+    source, target = torch.ones(values, device=device), torch.zeros(values, device=device)
+    programs = {"copy": lambda: target.copy_(source)}
+    sides = {}
+    for name, dtype in _DTYPES.items():
+        sides[name], programs[name] = _product(dtype, device, 256 if smoke else None)
+    timings = interleave(programs, rounds=3, block_seconds=0.2, device=device, kernels=True)
+    best = {n: min(s for b in t.blocks for s in b.seconds) for n, t in timings.items()}
+    return Ceilings(
+        copy=2 * source.nbytes / best["copy"],
+        matmul={name: 2 * sides[name] ** 3 / best[name] for name in _DTYPES},
+    )
+
+
+def _product(
+    dtype: torch.dtype, device: torch.device, side: int | None
+) -> tuple[int, Callable[[], Tensor]]:
+    """A square product and its side: the largest that is not too long here, unless it is given."""
+    largest, side, seconds = side or _LARGEST[device.type], side or 128, 0.0
+    while seconds == 0.0 or (side < largest and 8 * seconds < _LONGEST):
+        side = min(2 * side, largest)
+        a, b = torch.randn(2, side, side, device=device).to(dtype)
+        a @ b
+        synchronize(device)
+        start = time.perf_counter()
+        a @ b
+        synchronize(device)
+        seconds = time.perf_counter() - start
+    return side, lambda: a @ b
 
 
 def saved_bytes(forward: Callable[[], Tensor], exclude: Iterable[Tensor]) -> int:
@@ -225,10 +358,33 @@ def peak_memory(device: torch.device) -> dict:
     return dict(peak_memory_gib=peaks[0] if peaks else None, peak_reserved_gib=None)
 
 
-def in_fresh_process(function: Callable[..., dict], *args) -> dict:
-    """Call an importable function where nothing else has been allocated yet."""
-    # The server has imported PyTorch and run nothing: its children start in milliseconds.
+def in_fresh_process(function: Callable[..., dict], *args) -> dict | None:
+    """Call an importable function where nothing else has been allocated yet.
+
+    Returns:
+        What it returns; None if its memory did not suffice or the system ended it for that.
+    """
+    # The server has imported all of it and run nothing: its children start in milliseconds.
+    # PyTorch's optimizers import torch._dynamo, 0.15 GiB, where others do not: all have it.
     context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload([function.__module__])
-    with context.Pool(1) as pool:
-        return pool.apply(function, args)
+    context.set_forkserver_preload(["torch._dynamo", function.__module__])
+    with ProcessPoolExecutor(1, mp_context=context) as pool:
+        try:
+            with _search_path_for_children():
+                result = pool.submit(unless_out_of_memory, function, *args)
+            return result.result()
+        except BrokenProcessPool:
+            return None
+
+
+@contextlib.contextmanager
+def _search_path_for_children() -> Iterator[None]:
+    """Let a server that is started here find the modules that this process finds."""
+    before = os.environ.get("PYTHONPATH")
+    os.environ["PYTHONPATH"] = os.pathsep.join(filter(None, sys.path))
+    try:
+        yield
+    finally:
+        os.environ.pop("PYTHONPATH")
+        if before is not None:
+            os.environ["PYTHONPATH"] = before

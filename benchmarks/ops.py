@@ -1,4 +1,4 @@
-"""Suite ``ops``: every operator but the optimizer's against PyTorch, with its bytes and a copy.
+"""Suite ``ops``: every operator but the optimizer's against PyTorch and its floor.
 
 Forward and backward together where there is a backward pass.
 """
@@ -11,15 +11,25 @@ from typing import NamedTuple
 import torch
 import torch.nn.functional as F
 from measure import interleave, speedup
+from suite import CHECKS, FLOOR, TIMES, Column, Options
 from torch import Tensor
 
 from fastmim import ops
 from fastmim.nn.patch_embed import IMAGENET_MEAN, IMAGENET_STD
 from fastmim.ops import OPS, Masks, use_backend
 
-_COPIED = 2**26  # float32 values of the copy that shows the bandwidth: beyond any cache
+NAME = "ops"
+# fmt: off
+COLUMNS: list[Column] = [
+    ("shape", "shape", ""), ("operator", "kernel_name", ""), ("case", "case", ""),
+    ("program", "kernel_provider", ""), ("dtype", "dtype", ""), *TIMES, *FLOOR,
+    ("vs torch", "vs_peer", ".2f"), ("vs compiled", "vs_compiled", ".2f"), *CHECKS,
+]
+# fmt: on
+WORDS = {"op": list(OPS)}
+_NAMES = {torch.float32: "fp32", torch.bfloat16: "bf16"}
 # Relative error (Euclidean norm) of every result against PyTorch in float64.
-_TOLERANCE = {torch.float32: 1e-5, torch.bfloat16: 2e-2}
+TOLERANCE = {torch.float32: 1e-5, torch.bfloat16: 2e-2}
 
 
 class Sizes(NamedTuple):
@@ -61,6 +71,8 @@ class Problem:
         plain: The same in plain PyTorch at its best.
         truth: ``plain`` on float64 inputs; None if results must be equal to the bit.
         bytes: That must be moved: every input read once, every output written once.
+        flops: Of matrix products; 0 where bytes alone bound.
+        case: Tells it from the same operator at another size.
     """
 
     operator: str
@@ -68,6 +80,8 @@ class Problem:
     plain: Callable[[], list[Tensor]]
     truth: Callable[[], list[Tensor]] | None
     bytes: int
+    flops: int = 0
+    case: str = ""
 
 
 def _differentiated(
@@ -92,6 +106,8 @@ def _problem(
     wanted: list[int],
     grads: list[Tensor] | None,
     moved: int,
+    flops: int = 0,
+    case: str = "",
 ) -> Problem:
     """A differentiable operator; ``plain`` takes the arguments of ``ours``."""
     double = tuple(a.double() if _floats(a) else a for a in args)
@@ -102,6 +118,8 @@ def _problem(
         functools.partial(_differentiated, plain, args, wanted, grads),
         functools.partial(_differentiated, plain, double, wanted, double_grads),
         moved,
+        flops,
+        case,
     )
 
 
@@ -303,6 +321,8 @@ def problems(s: Sizes, device: torch.device) -> Iterator[Problem]:
             wanted=[0],
             grads=[normal(s.batch, count, heads, width)],
             moved=s.batch * count * heads * width * item * (3 + 1 + 3 + 1 + 3),
+            flops=s.batch * count**2 * heads * width * (4 + 10),
+            case=f"{count} tokens, {heads} x {width}",
         )
 
     if device.type == "cpu":  # elsewhere the product is PyTorch's own
@@ -314,46 +334,34 @@ def problems(s: Sizes, device: torch.device) -> Iterator[Problem]:
             wanted=[0, 1, 2],
             grads=[normal(s.batch, k + 1, 4 * d)],
             moved=item * (2 * s.batch * (k + 1) * 5 * d + 3 * 4 * d * d),
+            flops=3 * 2 * s.batch * (k + 1) * 4 * d * d,
         )
 
 
-def run(
-    *,
-    shapes: list[str],
-    operators: list[str] | None,
-    compiled: bool,
-    device: torch.device,
-    rounds: int,
-    block_seconds: float,
-    smoke: bool,
-    say: Callable[[str], None],
-) -> Iterator[dict]:
-    """A row for every operator, size and program.
+def describe() -> list[str]:
+    return [
+        "suite ops    operators of fastmim.ops   programs torch, compiled and every backend",
+        *(
+            f"  {name:10} batch {sizes.batch}, {sizes.img_size} px, width {sizes.embed_dim}"
+            for name, sizes in SHAPES.items()
+        ),
+    ]
 
-    Args:
-        operators: Names in OPS; None for all.
-        compiled: Also time plain PyTorch under torch.compile.
-    """
-    source = torch.ones(_COPIED // 16 if smoke else _COPIED, device=device)
-    destination = torch.zeros_like(source)
-    for shape in shapes:
-        sizes = SHAPES[shape]._replace(**(dict(batch=2) if smoke else {}))
+
+def run(options: Options) -> Iterator[dict]:
+    """A row for every operator, size and program."""
+    device, compiled = options.device, options.compiled
+    for shape in options.shapes:
+        sizes = SHAPES[shape]._replace(**(dict(batch=2) if options.smoke else {}))
         for problem in problems(sizes, device):
-            if operators is not None and problem.operator not in operators:
+            if options.operators is not None and problem.operator not in options.operators:
                 continue
-            say(f"ops {shape} {problem.operator}")
-            programs = _programs(problem, device, compiled)
-            errors = _errors(problem, programs, sizes.dtype)
-            programs["copy"] = lambda: destination.copy_(source)
-            timings = interleave(
-                programs,
-                rounds=rounds,
-                block_seconds=block_seconds,
-                device=device,
-                kernels=True,
-            )
-            copied = timings.pop("copy").row()["y_value_50"]
-            bandwidth = 2 * source.nbytes / copied
+            options.say(f"ops {shape} {problem.operator}")
+            programs = programs_of(problem, device, compiled)
+            errors = errors_of(problem, programs, sizes.dtype)
+            dtype = _NAMES[sizes.dtype]
+            floor = options.ceilings.floor(problem.bytes, problem.flops, dtype)
+            timings = interleave(programs, **options.timing(), kernels=True)
             for name, timing in timings.items():
                 measured = timing.row()
                 yield dict(
@@ -361,22 +369,23 @@ def run(
                     kernel_name=problem.operator,
                     kernel_provider=name,
                     kernel_operation_mode="full",
+                    case=problem.case,
                     shape=shape,
-                    dtype=str(sizes.dtype).removeprefix("torch."),
+                    dtype=dtype,
                     x_name="batch",
                     x_value=sizes.batch,
                     **measured,
-                    bytes=problem.bytes,
-                    gb_per_second=problem.bytes / measured["y_value_50"] / 1e6,
-                    percent_of_copy=100 * problem.bytes / measured["y_value_50"] / bandwidth,
+                    **options.against_floor(
+                        measured["y_value_50"], floor, problem.bytes, problem.flops
+                    ),
                     vs_peer=speedup(timing, timings["torch"]),
                     vs_compiled=speedup(timing, timings["compiled"]) if compiled else None,
                     error=errors[name],
-                    match=errors[name] <= _TOLERANCE[sizes.dtype],
+                    match=errors[name] <= TOLERANCE[sizes.dtype],
                 )
 
 
-def _programs(
+def programs_of(
     problem: Problem, device: torch.device, compiled: bool
 ) -> dict[str, Callable[[], list[Tensor]]]:
     """Every backend that can serve on the device, best first, and PyTorch."""
@@ -396,7 +405,7 @@ def _served(backend: str, call: Callable[[], list[Tensor]]) -> list[Tensor]:
         return call()
 
 
-def _errors(problem: Problem, programs: dict, dtype: torch.dtype) -> dict[str, float]:
+def errors_of(problem: Problem, programs: dict, dtype: torch.dtype) -> dict[str, float]:
     """Largest relative error of the results of each program; infinite where bits must be equal."""
     errors = {}
     if problem.truth is None:

@@ -1,318 +1,314 @@
-"""What this machine does, against whom: ``python benchmarks/run.py``. See benchmarks/README.md."""
+"""What this machine does, against whom, and how far from its limit: ``python benchmarks/run.py``.
+
+Without arguments: a selection of less than five minutes. See benchmarks/README.md.
+"""
 
 import argparse
+import dataclasses
 import datetime
-import json
+import math
 import os
-import shutil
-import subprocess
 import sys
-import tempfile
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
 sys.path.append(str(Path(__file__).parents[1]))  # last: an installed fastmim comes first
 
+import compare
 import ema
 import gpu_check
+import loader
+import machine
+import memory
 import ops
+import plots
+import rows as rows_of
+import scaling
+import stepcost
 import steps
 import torch
-from stages import run_stages
+from measure import measure_ceilings
+from progress import Progress
+from report import write_report
+from roofline import Ceilings
+from suite import Options, Suite, known_words
 
-from fastmim.info import report
-from fastmim.ops import OPS
-from fastmim.train.engine import resolve_device
+from fastmim.models import MODELS, did_you_mean
+from fastmim.train.engine import resolve_device, resolve_precision
 
-# fmt: off
-# header, field of the row, format
-_TIMES = [("ms", "y_value_50", ".2f"), ("p20", "y_value_20", ".2f"), ("p80", "y_value_80", ".2f")]
-_CHECKS = [("error", "error", ".0e"), ("match", "match", ""), ("kept", "kept_of", "")]
-_COLUMNS = {
-    "step": [
-        ("shape", "shape", ""), ("method", "method", ""), ("program", "kernel_provider", ""),
-        ("dtype", "dtype", ""), ("batch", "x_value", "d"), *_TIMES,
-        ("img/s", "images_per_second", ".2f"), ("vs plain", "vs_peer", ".2f"),
-        ("vs compiled", "vs_compiled", ".2f"), ("vs fp32", "vs_fp32", ".2f"),
-        ("saved MB/img", "saved_mb_per_image", ".2f"), ("peak GiB", "peak_memory_gib", ".2f"),
-        *_CHECKS,
-    ],
-    "ops": [
-        ("shape", "shape", ""), ("operator", "kernel_name", ""), ("program", "kernel_provider", ""),
-        ("dtype", "dtype", ""), *_TIMES, ("GB/s", "gb_per_second", ".1f"),
-        ("% of copy", "percent_of_copy", ".0f"), ("vs torch", "vs_peer", ".2f"),
-        ("vs compiled", "vs_compiled", ".2f"), *_CHECKS,
-    ],
-    "ema": [
-        ("shape", "shape", ""), ("operator", "kernel_name", ""), ("program", "kernel_provider", ""),
-        ("values", "x_value", ",d"), *_TIMES, ("GB/s", "gb_per_second", ".1f"),
-        ("% of copy", "percent_of_copy", ".0f"), ("vs torch", "vs_peer", ".2f"), *_CHECKS,
-    ],
-    gpu_check.NAME: [
-        ("stage", "stage", ""), ("status", "status", ""), ("passed", "passed", "d"),
-        ("failed", "failed", "d"), ("skipped", "skipped", "d"), ("seconds", "seconds", ".0f"),
-        ("reason", "reason", ""),
-    ],
-}
-# fmt: on
-_SUITES = {"step": steps, "ops": ops, "ema": ema}
+# The one list of suites, in the order in which they run.
+SUITES: list[Suite] = [ops, steps, ema, stepcost, memory, loader]
+# Only when asked for by name: it checks and takes ten minutes; under torchrun alone.
+APART: list[Suite] = [gpu_check, scaling]
+FOLDER = "benchmark-results"
 # On a GPU nobody else takes part of a block, and a call is short.
 _BLOCK_SECONDS = {"cpu": 0.6, "cuda": 0.1}
+_SMALL = "tiny32"  # shape of the suites that have it
 _NOTES = (
-    "vs: times as fast, median over rounds. kept: calls in blocks in which other processes took "
-    "at most 0.1 core,\nof all; with 'all', none was quiet and every call counts."
+    "vs: times as fast, median over rounds. % of floor: by arithmetic and this run's copy and\n"
+    "matrix product. kept: of all calls those in blocks in which other processes took at most 0.1\n"
+    "core; with 'all', none was quiet and every call counts."
 )
 
 
 def main() -> int:
-    """Run the suites, print their tables; 1 if a program computes something else than its peer."""
-    options = _parse()
-    if options.list:
-        _print_list()
+    """Run, write, print and plot; 1 if a program computes something else than its peer."""
+    if sys.argv[1:2] == ["report"]:
+        return write_report(sys.argv[2:], [*SUITES, *APART])
+    asked = parse(sys.argv[1:])
+    if asked.list:
+        print("\n".join(line for suite in [*SUITES, *APART] for line in suite.describe()))
         return 0
-    if options.suite == [gpu_check.NAME]:
-        return _check_gpu(options)
-    if options.smoke:  # on a busy machine, threads waiting for each other cost 50 times the work
+    if asked.compare is not None:
+        return compare.main(asked.compare, sys.argv[1:], asked.turns, Progress())
+    device = resolve_device(asked.device)
+    if asked.smoke:  # on a busy machine, threads waiting for each other cost 50 times the work
         torch.set_num_threads(1)
         os.environ["OMP_NUM_THREADS"] = "1"  # of the processes that measure memory
-    device = resolve_device(options.device)
-    environment = _environment(device, options.smoke)
+    with scaling.process_group(device) as rank:
+        device = scaling.own_device(device)
+        cores = None if asked.smoke else machine.pin(torch.get_num_threads(), scaling.local_rank())
+        return measure(asked, device, cores) if rank == 0 else follow(asked, device)
+
+
+def measure(asked: argparse.Namespace, device: torch.device, cores: list[int] | None) -> int:
+    """Every row that was asked for, written as soon as it is known; then tables and pictures."""
+    progress = Progress()
+    json_file, folder = _targets(asked)
+    environment = {**machine.environment(device, smoke=asked.smoke), "pinned_cores": cores}
+    progress("copy and matrix product")
+    ceilings = measure_ceilings(device, smoke=asked.smoke)
+    environment |= {"copy_gb_per_second": ceilings.copy / 1e9}
+    environment |= {f"matmul_{name}_tflops": rate / 1e12 for name, rate in ceilings.matmul.items()}
+    clocks = machine.Clocks(device)
     rows = []
-    out = open(options.json, "a") if options.json else None  # noqa: SIM115
-    try:
-        for row in _rows(options, device):
-            rows.append({**row, **environment})
-            if out is not None:
-                print(json.dumps(rows[-1]), file=out, flush=True)
-    finally:
-        if out is not None:
-            out.close()
-    _print_rows(rows, environment)
-    wrong = [row for row in rows if not row["match"]]
-    if wrong:
-        print(f"\n{len(wrong)} rows do not match their peer: their times mean nothing")
-    return 1 if wrong else 0
+    for row in _rows(asked, device, ceilings, progress):
+        rows.append({**environment, **clocks.stamp(), **row})
+        if json_file is not None:
+            rows_of.append(json_file, rows[-1])
+    progress.clear()
+    _print(rows, environment)
+    written = [json_file, *_write_rest(asked, rows, folder)]
+    print("\nwritten:", ", ".join(str(path) for path in written if path is not None) or "nothing")
+    return _verdict(rows)
 
 
-def _check_gpu(options: argparse.Namespace) -> int:
-    """Run every stage of gpu-check, print what came of it; 1 if any of it is not good."""
-    device = resolve_device(options.device)
-    environment = _environment(device, smoke=False)
-    path = options.json or Path(os.environ.get("OUT", ".")) / f"{gpu_check.NAME}.jsonl"
-    path = path.resolve()
-    before = len(path.read_text().splitlines()) if path.exists() else 0
-
-    def write(row: dict) -> None:
-        with path.open("a") as out:
-            print(json.dumps({**row, **environment}), file=out)
-
-    with tempfile.TemporaryDirectory() as folder:
-        stages = gpu_check.plan(Path(folder), path, device)
-        results = run_stages(stages, seconds=gpu_check.SECONDS, write=write, say=_say)
-    rows = [json.loads(line) for line in path.read_text().splitlines()[before:]]
-    _print_rows(rows, environment)
-    for name, result in results.items():
-        for failure in result.failures:
-            print(f"{name}: {failure}")
-    print(f"\nrows: {path}")
-    return 0 if all(result.good for result in results.values()) else 1
+def follow(asked: argparse.Namespace, device: torch.device) -> int:
+    """What the other processes of torchrun do: the same, without a word."""
+    ceilings = Ceilings(copy=math.inf, matmul={"fp32": math.inf, "bf16": math.inf})
+    for _ in _rows(asked, device, ceilings, lambda text: None):
+        pass
+    return 0
 
 
-def _say(text: str) -> None:
-    print(text, file=sys.stderr, flush=True)
+def _rows(
+    asked: argparse.Namespace,
+    device: torch.device,
+    ceilings: Ceilings,
+    say: Callable[[str], None],
+) -> Iterator[dict]:
+    for suite, options in selection(asked, device, ceilings, say):
+        yield from suite.run(options)
 
 
-def _print_rows(rows: list[dict], about: dict) -> None:
-    """A table for each suite, with the machine above and the notes below."""
-    print(f"\n{about['gpu_name'] or about['cpu_name']}, {about['threads']} threads, ", end="")
-    print(f"torch {about['torch']}, commit {about['commit']}, {about['timestamp']}")
-    for suite, columns in _COLUMNS.items():
-        of_suite = [row for row in rows if row["suite"] == suite]
-        if of_suite:
-            print(f"\nsuite {suite}")
-            _print_table(of_suite, columns)
-    print(f"\n{_NOTES}")
+def selection(
+    asked: argparse.Namespace,
+    device: torch.device,
+    ceilings: Ceilings,
+    say: Callable[[str], None],
+) -> Iterator[tuple[Suite, Options]]:
+    """Suites with what each is to run."""
+    for suite in asked.suite:
+        options = Options(
+            device=device,
+            shapes=_shapes(suite, asked, device),
+            methods=asked.method or suite.WORDS.get("method", ()),
+            dtypes=asked.dtype or _native_dtypes(device),
+            models=asked.model,
+            batch=asked.batch,
+            peers=asked.peer,
+            operators=asked.op,
+            images=asked.images,
+            compiled=asked.compile,
+            rounds=asked.rounds,
+            block_seconds=asked.block_seconds or _BLOCK_SECONDS[device.type],
+            seconds=asked.seconds,
+            memory=not asked.no_memory,
+            ceilings=ceilings,
+            smoke=asked.smoke,
+            say=say,
+        )
+        yield suite, options
+        if asked.quick and suite is steps:  # for the picture of throughput
+            _, batch = suite.SHAPES[options.shapes[0]]
+            yield (
+                suite,
+                dataclasses.replace(
+                    options,
+                    batch=[batch // 4, batch // 2],
+                    methods=options.methods[:1],
+                    dtypes=options.dtypes[-1:],
+                    peers=options.peers or ["plain"],
+                    memory=False,
+                ),
+            )
 
 
-def _parse() -> argparse.Namespace:
-    known_shapes = list(dict.fromkeys([*steps.SHAPES, *ops.SHAPES, *ema.SHAPES]))
+def _shapes(suite: Suite, asked: argparse.Namespace, device: torch.device) -> list[str]:
+    """What was asked for; else what is made for the device, of which a short run takes one."""
+    shapes = asked.shape or suite.DEFAULT[device.type]
+    if not asked.shape and (asked.smoke or asked.quick):
+        small = asked.smoke or device.type == "cpu"
+        shapes = [_SMALL] if small and _SMALL in suite.SHAPES else shapes[:1]
+    return [shape for shape in suite.SHAPES if shape in shapes]
+
+
+def _native_dtypes(device: torch.device) -> list[str]:
+    """bf16 only where the hardware computes it: elsewhere it is a hundred times as slow."""
+    native = resolve_precision("auto", device, width=2**20) == "bf16"
+    return ["fp32", "bf16"] if native else ["fp32"]
+
+
+def parse(words: Sequence[str]) -> argparse.Namespace:
+    """The command line, checked; SystemExit with a message if something in it is unknown."""
     parser = argparse.ArgumentParser(prog="benchmarks/run.py", description=__doc__)
+    named = {suite.NAME: suite for suite in [*SUITES, *APART]}
 
-    def several(name: str, known: list[str], default: list[str] | None, text: str) -> None:
+    def several(name: str, known: Sequence[str], text: str, **about) -> None:
         def parse(value: str) -> list[str]:
-            values = value.split(",")
-            unknown = [v for v in values if v not in known]
-            if unknown:
-                raise argparse.ArgumentTypeError(
-                    f"unknown {', '.join(unknown)}; expected some of {','.join(known)}"
-                )
-            return values
+            for word in value.split(","):
+                if word not in known:
+                    raise argparse.ArgumentTypeError(did_you_mean(name.lstrip("-"), word, known))
+            return value.split(",")
 
-        parser.add_argument(name, type=parse, default=default, metavar="A,B", help=text)
+        parser.add_argument(name, type=parse, metavar="A,B", help=text, **about)
 
-    suites = [*_SUITES, gpu_check.NAME]
-    several("--suite", suites, list(_SUITES), f"suites; default: all but {gpu_check.NAME}")
-    several("--shape", known_shapes, None, "shapes; default: those made for the device, see --list")
-    several("--op", list(OPS), None, "operators of suite ops; default: all")
-    several("--method", list(steps.COMPARED), list(steps.COMPARED), "methods of the step")
-    several("--dtype", ["fp32", "bf16"], ["fp32", "bf16"], "precisions of the step")
-    parser.add_argument("--images", choices=["uint8", "float"], default="uint8", help="of the step")
+    def counts(value: str) -> list[int]:
+        numbers = [int(word) if word.isdecimal() else 0 for word in value.split(",")]
+        if min(numbers) < 1:
+            raise argparse.ArgumentTypeError(f"expected numbers of images from 1, got '{value}'")
+        return numbers
+
+    shapes = list(dict.fromkeys(name for suite in SUITES for name in suite.SHAPES))
+    several(
+        "--suite", [*named, "all"], f"default: a short run of {','.join(s.NAME for s in SUITES)}"
+    )
+    several("--shape", shapes, "default: those made for the device, see --list")
+    several("--op", known_words(SUITES, "op"), "operators; default: all")
+    several("--method", known_words(SUITES, "method"), "methods of a step; default: all")
+    several("--model", list(MODELS), "models of a step, in place of those of the shapes")
+    parser.add_argument("--batch", type=counts, metavar="N,M", help="images of a step")
+    several("--dtype", ["fp32", "bf16"], "precisions of a step; default: fp32, bf16 if native")
+    several("--peer", known_words(SUITES, "peer"), "programs to compare with; default: all")
+    parser.add_argument("--images", choices=["uint8", "float"], default="uint8", help="of a step")
     parser.add_argument("--rounds", type=int, help="blocks of each program; default: 10")
     parser.add_argument("--device", default="auto", help="auto, cpu or cuda")
     parser.add_argument(
-        "--compile", action="store_true", help="also time PyTorch's side under torch.compile"
+        "--compile", action="store_true", help="also time what is under torch.compile"
     )
     parser.add_argument("--no-memory", action="store_true", help="skip memory, and save its time")
     parser.add_argument("--smoke", action="store_true", help="all code, no meaningful figures")
+    parser.add_argument("--compare", metavar="REV", help="the same on another commit, in turns")
+    parser.add_argument("--turns", type=int, default=5, help="of --compare; default: 5")
     parser.add_argument("--json", type=Path, metavar="FILE", help="append the rows as JSONL")
+    parser.add_argument("--csv", type=Path, metavar="FILE", help="write the rows as CSV")
+    parser.add_argument("--plot", type=Path, metavar="DIR", help="draw pictures into this folder")
     parser.add_argument("--list", action="store_true", help="print suites, shapes and programs")
-    options = parser.parse_args()
-    if gpu_check.NAME in options.suite:
-        if len(options.suite) > 1:
-            parser.error(f"--suite: {gpu_check.NAME} times the other suites itself")
-        problem = report()["cuda"]["problem"]
-        if options.device == "cpu" or problem:
-            parser.error(
-                f"--suite {gpu_check.NAME} needs a CUDA GPU ({problem or '--device cpu'}): run it "
-                "on a machine with one and a CUDA build of torch; `pytest` makes the CPU's checks"
-            )
-        return options
-    if options.rounds is not None and options.rounds < 1:
-        parser.error("--rounds: expected at least 1")
-    if options.smoke:
-        options.shape = options.shape or ["tiny32"]
-    options.rounds = options.rounds or (2 if options.smoke else 10)
-    for suite in options.suite:
-        if options.shape is not None and not set(options.shape) & set(_SUITES[suite].SHAPES):
-            parser.error(f"--shape: suite {suite} has {','.join(_SUITES[suite].SHAPES)}")
-    return options
-
-
-def _rows(options: argparse.Namespace, device: torch.device) -> Iterator[dict]:
-    common = dict(
-        device=device,
-        rounds=options.rounds,
-        block_seconds=0.02 if options.smoke else _BLOCK_SECONDS[device.type],
-        smoke=options.smoke,
-        say=_say,
-    )
-    for suite in options.suite:
-        chosen = options.shape or _SUITES[suite].DEFAULT[device.type]
-        shapes = [s for s in _SUITES[suite].SHAPES if s in chosen]
-        if suite == "step":
-            yield from steps.run(
-                shapes=shapes,
-                methods=options.method,
-                dtypes=options.dtype,
-                images=options.images,
-                compiled=options.compile,
-                memory=not options.no_memory,
-                **common,
-            )
-        elif suite == "ops":
-            yield from ops.run(
-                shapes=shapes, operators=options.op, compiled=options.compile, **common
-            )
-        else:
-            yield from ema.run(shapes=shapes, **common)
-
-
-def _print_list() -> None:
-    print(f"suite step   methods {','.join(steps.COMPARED)}   programs {','.join(steps.PROGRAMS)}")
-    for name, (model, batch) in steps.SHAPES.items():
-        print(f"  {name:10} {model}, batch {batch}")
-    print("suite ops    operators of fastmim.ops   programs torch, compiled and every backend")
-    for name, sizes in ops.SHAPES.items():
-        print(f"  {name:10} batch {sizes.batch}, {sizes.img_size} px, width {sizes.embed_dim}")
-    print("suite ema    operators adamw_ema_,ema_update_   programs torch and every backend")
-    for name, model in ema.SHAPES.items():
-        print(f"  {name:10} trained parameters of {model}")
-    print(f"suite {gpu_check.NAME}   the checkout on a GPU: build, tests, compute-sanitizer, times")
-
-
-def _environment(device: torch.device, smoke: bool) -> dict:
-    gpu = torch.cuda.get_device_name(device) if device.type == "cuda" else None
-    about = report()
-    return dict(
-        device=device.type,
-        gpu_name=gpu,
-        cpu_name=about["cpu"]["model"],
-        threads=torch.get_num_threads(),
-        **_gpu_state(device),
-        torch=torch.__version__,
-        triton=about["packages"]["triton"],
-        cuda=torch.version.cuda,
-        fastmim_version=about["fastmim"]["version"],
-        commit=_commit(),
-        timestamp=datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
-        smoke=smoke,
-    )
-
-
-# field of the row, of nvidia-smi
-_GPU_STATE = {
-    "driver": "driver_version",
-    "sm_clock_mhz": "clocks.sm",
-    "sm_clock_limit_mhz": "clocks.max.sm",
-    "memory_clock_mhz": "clocks.mem",
-    "power_limit_w": "power.limit",
-    "temperature_c": "temperature.gpu",
-}
-
-
-def _gpu_state(device: torch.device) -> dict:
-    """Driver, clocks and limits at the start; None where nvidia-smi does not tell."""
-    state: dict[str, str | None] = dict.fromkeys(_GPU_STATE)
-    tool = shutil.which("nvidia-smi")
-    if device.type == "cuda" and tool is not None:
-        uuid = torch.cuda.get_device_properties(device).uuid
-        query = f"--query-gpu={','.join(_GPU_STATE.values())}"
-        words = [tool, f"--id=GPU-{uuid}", query, "--format=csv,noheader,nounits"]
-        done = subprocess.run(words, capture_output=True, text=True, check=False)
-        values = [value.strip() for value in done.stdout.split(",")]
-        if len(values) == len(state):
-            state = dict(zip(state, values, strict=True))
-    return state
-
-
-def _commit() -> str | None:
-    """Short hash, "+changes" if the checkout differs from it; None outside a checkout."""
-
-    def git(*words: str) -> str:
-        command = ["git", "--no-optional-locks", *words]
-        folder = Path(__file__).parent
-        return subprocess.run(
-            command, cwd=folder, capture_output=True, text=True, check=True
-        ).stdout.strip()
-
+    asked = parser.parse_args(words)
+    for option in ("rounds", "turns"):
+        if getattr(asked, option) is not None and getattr(asked, option) < 1:
+            parser.error(f"--{option}: expected at least 1, got {getattr(asked, option)}")
+    asked.quick = not (asked.suite or asked.shape or asked.model or asked.batch or asked.smoke)
+    everything = not asked.suite or "all" in asked.suite
+    asked.suite = SUITES if everything else [named[name] for name in asked.suite]
+    if everything:  # those that know what was asked for
+        asked.suite = [suite for suite in SUITES if _refusal(suite, asked) is None]
     try:
-        changes = git("status", "--porcelain", "--untracked-files=no")
-        return git("rev-parse", "--short", "HEAD") + ("+changes" if changes else "")
-    except (OSError, subprocess.CalledProcessError):
-        return None
+        _fit_together(asked)
+    except ValueError as error:
+        parser.error(str(error))
+    _set_lengths(asked)
+    return asked
 
 
-def _print_table(rows: list[dict], columns: list[tuple[str, str, str]]) -> None:
-    cells = [[header for header, _, _ in columns]]
-    for row in rows:
-        saved = row.get("saved_bytes_per_image")
-        shown = {
-            **row,
-            "saved_mb_per_image": None if saved is None else saved / 1e6,
-        }
-        if "match" in row:
-            shown["match"] = "yes" if row["match"] else "NO"
-            shown["kept_of"] = f"{row['kept']}/{row['total']}" + ("" if row["quiet"] else " all")
-        values = [(shown[key], form) for _, key, form in columns]
-        cells.append(["-" if value is None else format(value, form) for value, form in values])
-    widths = [max(map(len, column)) for column in zip(*cells, strict=True)]
-    for line in cells:
-        # Words to the left, numbers to the right.
-        padded = [
-            cell.rjust(width) if form else cell.ljust(width)
-            for cell, width, (_, _, form) in zip(line, widths, columns, strict=True)
-        ]
-        print("  ".join(padded).rstrip())
+def _fit_together(asked: argparse.Namespace) -> None:
+    """ValueError if words that are known do not go together."""
+    apart = [suite for suite in asked.suite if suite in APART]
+    if gpu_check in apart:
+        gpu_check.refuse_unless_possible(asked.suite, asked.device)
+    if scaling.world_size() > 1 or scaling in apart:
+        asked.suite = scaling.suites(asked.suite, steps)
+    for refusal in filter(None, (_refusal(suite, asked) for suite in asked.suite)):
+        raise ValueError(refusal)
+    if not asked.suite:
+        raise ValueError("no suite knows all of what was asked for; see --list")
+
+
+def _refusal(suite: Suite, asked: argparse.Namespace) -> str | None:
+    """Why a suite cannot do what was asked for."""
+    if asked.shape and not set(asked.shape) & set(suite.SHAPES):
+        return f"--shape: suite {suite.NAME} has {','.join(suite.SHAPES) or 'none'}"
+    for option in ("method", "peer", "op"):
+        known, words = suite.WORDS.get(option, ()), getattr(asked, option) or ()
+        if words and not set(words) & set(known):
+            return f"--{option}: suite {suite.NAME} knows {','.join(known) or 'none'}"
+    return None
+
+
+def _set_lengths(asked: argparse.Namespace) -> None:
+    """How long everything takes."""
+    asked.rounds = asked.rounds or (2 if asked.smoke else 5 if asked.quick else 10)
+    asked.block_seconds = 0.02 if asked.smoke else 0.2 if asked.quick else None
+    asked.seconds = 8.0 if asked.quick else math.inf
+
+
+def _targets(asked: argparse.Namespace) -> tuple[Path | None, Path | None]:
+    """File of rows and folder of pictures; a fresh folder for both if nothing was named."""
+    if asked.json or asked.csv or asked.plot:
+        return asked.json and asked.json.resolve(), asked.plot
+    folder = (
+        Path(os.environ.get("OUT", ".")) / FOLDER / f"{datetime.datetime.now():%Y-%m-%d-%H%M%S}"
+    )
+    folder.mkdir(parents=True)
+    return folder / "results.jsonl", folder
+
+
+def _write_rest(asked: argparse.Namespace, rows: list[dict], folder: Path | None) -> list[Path]:
+    """CSV and pictures."""
+    written = []
+    if asked.csv:
+        rows_of.write_csv(asked.csv, rows)
+        written.append(asked.csv)
+    if folder is not None:
+        folder.mkdir(parents=True, exist_ok=True)
+        written += plots.draw(rows, folder)
+    return written
+
+
+def _print(rows: list[dict], about: dict) -> None:
+    """A table for each suite, with the machine above and the notes below."""
+    print(f"\n{about['gpu_name'] or about['cpu_name']}, {about['threads']} threads, ", end="")
+    print(f"torch {about['torch']}, commit {about['commit']}, {machine.timestamp()}")
+    rates = (f"{name} {about[f'matmul_{name}_tflops']:.3g} TFLOP/s" for name in ("fp32", "bf16"))
+    print(f"copy {about['copy_gb_per_second']:.3g} GB/s, matrix product {', '.join(rates)}")
+    for suite in [*SUITES, *APART]:
+        of_suite = [row for row in rows if row["suite"] == suite.NAME]
+        if of_suite:
+            print(f"\nsuite {suite.NAME}\n{rows_of.text(of_suite, suite.COLUMNS)}")
+            absent = {n: why for row in of_suite for n, why in row.get("absent", {}).items()}
+            for name, why in absent.items():
+                print(f"absent: {name}: {why}")
+    print(f"\n{_NOTES}")
+
+
+def _verdict(rows: list[dict]) -> int:
+    wrong = [row for row in rows if not row["match"]]
+    for row in wrong:
+        for failure in row.get("failures", ()):
+            print(f"{row['stage']}: {failure}")
+    if wrong:
+        print(f"\n{len(wrong)} rows do not match their peer or failed: their times mean nothing")
+    return 1 if wrong else 0
 
 
 if __name__ == "__main__":

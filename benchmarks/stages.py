@@ -6,7 +6,7 @@ import subprocess
 import tempfile
 import time
 import xml.etree.ElementTree as ElementTree
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -66,15 +66,13 @@ def run_stages(
     stages: list[Stage],
     *,
     seconds: float,
-    write: Callable[[dict], None],
     say: Callable[[str], None],
-) -> dict[str, Result]:
-    """Run the stages in order, none beyond its budget, all within ``seconds``.
+) -> Iterator[dict]:
+    """Run the stages in order, none beyond its budget, all within ``seconds``: a row of each.
 
     Args:
         stages: In order.
         seconds: Of all together.
-        write: Takes the row of each stage when it ends.
         say: Takes a line for a person.
     """
     results: dict[str, Result] = {}
@@ -88,8 +86,7 @@ def run_stages(
             result = _run(stage, allowed)
         results[stage.name] = result
         say(f"gpu-check {stage.name}: {_in_words(result)}")
-        write(_row(stage.name, result))
-    return results
+        yield _row(stage.name, result)
 
 
 def _left_out(stage: Stage, allowed: float, results: dict[str, Result]) -> Result | None:
@@ -180,4 +177,5 @@ def _row(name: str, result: Result) -> dict:
         **counts,
         seconds=round(result.seconds, 1),
         failures=result.failures,
+        match=result.good,
     )

@@ -1,19 +1,29 @@
-"""Suite ``step``: one optimizer step of MAE and RC-MAE against the peers."""
+"""Suite ``step``: one optimizer step of every method against the peers."""
 
 import dataclasses
 import itertools
-from collections.abc import Callable, Iterator
+import math
+import statistics
+from collections.abc import Callable, Iterator, Mapping, Sequence
 
 import torch
-from measure import in_fresh_process, interleave, peak_memory, saved_bytes, speedup
-from peers import PEERS, Batch, Case, StepProgram, autocast
+from capacity import memory_in_use, total_memory
+from measure import (
+    Timing,
+    in_fresh_process,
+    interleave,
+    peak_memory,
+    saved_bytes,
+    speedup,
+    synchronize,
+    unless_out_of_memory,
+)
+from peers import OWN, PEERS, PROGRAMS, Batch, Case, Parts, StepProgram
+from roofline import step_parts, step_total
+from suite import CHECKS, FLOOR, TIMES, Column, Options
 from torch import Tensor
 
-from fastmim import create_model
-from fastmim.methods import METHODS
-from fastmim.ops import masks_from_shuffle
-from fastmim.train import Engine
-
+NAME = "step"
 # Shape to model and batch. tiny32 is bound by small operators, the others by matrix products.
 SHAPES = {
     "tiny32": ("mae_vit_micro_patch4", 64),
@@ -22,139 +32,222 @@ SHAPES = {
     "large224": ("mae_vit_large_patch16", 64),
 }
 DEFAULT = {"cpu": ["tiny32", "small224"], "cuda": ["base224", "large224"]}
-COMPARED = ("rc_mae", "mae")  # the methods that the peers know
+# fmt: off
+COLUMNS: list[Column] = [
+    ("shape", "shape", ""), ("method", "method", ""), ("program", "kernel_provider", ""),
+    ("dtype", "dtype", ""), ("batch", "x_value", "d"), *TIMES,
+    ("img/s", "images_per_second", ".2f"), *FLOOR[1:], ("MFU %", "mfu_percent", ".0f"),
+    ("vs official", "vs_official", ".2f"), ("vs plain", "vs_peer", ".2f"),
+    ("vs compiled", "vs_compiled", ".2f"), ("vs fp32", "vs_fp32", ".2f"),
+    ("saved MB/img", "saved_mb_per_image", ".2f"), ("peak GiB", "peak_memory_gib", ".2f"),
+    *CHECKS,
+]
+# fmt: on
+WORDS = {"method": ["rc_mae", "mae", "dbot", "sdae"], "peer": [*PEERS, *list(OWN)[1:]]}
+# Take half a minute or more to start, or are asked for by name alone.
+_COMPILED = ("compiled", "hf-compiled")
+_BY_NAME = ("compiled-max-autotune", *list(OWN)[1:])
+_IN_SMOKE = ("fastmim", "plain")
 _SMOKE_BATCH = 8
 _CHECKED_IMAGES = 2
+_USED = 0.9  # part of the memory that programs timed in turns may take together
 # Relative error (Euclidean norm) of the loss and of every gradient tensor against plain PyTorch in
 # float64. Plain PyTorch's own largest, on the CPU at both shapes: 5e-7 in fp32, 1.1e-2 in bf16.
 _TOLERANCE = {"fp32": 1e-5, "bf16": 3e-2}
 
-
-class FastMIM(StepProgram):
-    """What a user gets: the engine with its masks, guard, schedules and gradient norm."""
-
-    def __init__(self, case: Case) -> None:
-        recipe = case.recipe
-        model = create_model(case.model, norm_pix_loss=recipe.norm_pix)
-        method = METHODS[case.method](model, mask_ratio=recipe.mask_ratio)
-        if method.teacher is not None:
-            method.teacher.module.load_state_dict(case.weights(1))
-        method.student.load_state_dict(case.weights(0))
-        method.to(case.device)
-        self.case = case
-        self.student = method.student
-        self._engine = Engine(method, recipe, precision=case.dtype, steps_per_epoch=10**6)
-        self._step = itertools.count()
-
-    def loss(self, imgs: Tensor, ids_shuffle: Tensor) -> Tensor:
-        masks = masks_from_shuffle(ids_shuffle, self._engine.num_keep)
-        with autocast(self.case):
-            return self._engine.method(imgs, masks).total
-
-    def step(self, batch: Batch) -> None:
-        if self._engine.run_step(next(self._step), [batch]).skipped:
-            raise RuntimeError("the step was skipped: a loss or gradient was not finite")
+Variant = tuple[str, str]  # program, dtype
 
 
-PROGRAMS: dict[str, type[StepProgram]] = {"fastmim": FastMIM, **PEERS}
+def describe() -> list[str]:
+    shapes = [f"  {name:10} {model}, batch {batch}" for name, (model, batch) in SHAPES.items()]
+    return [
+        f"suite step   methods {','.join(WORDS['method'])}   programs {','.join(PROGRAMS)}",
+        *shapes,
+        *(f"  {name:10} absent: {why}" for name, why in _absent_here().items()),
+    ]
 
 
-def run(
-    *,
-    shapes: list[str],
-    methods: list[str],
-    dtypes: list[str],
-    device: torch.device,
-    images: str,
-    compiled: bool,
-    rounds: int,
-    block_seconds: float,
-    memory: bool,
-    smoke: bool,
-    say: Callable[[str], None],
-) -> Iterator[dict]:
-    """A row for every shape, method, program and dtype.
-
-    Args:
-        compiled: Also the program under torch.compile, which takes half a minute to start.
-    """
-    names = [name for name in PROGRAMS if compiled or name != "compiled"]
-    for shape, method in itertools.product(shapes, methods):
-        model, batch = SHAPES[shape]
-        batch = _SMOKE_BATCH if smoke else batch
-        case = Case(model, batch, method, "fp64", device.type, images)
-        variants = {
-            (name, dtype): dataclasses.replace(case, dtype=dtype)
-            for name, dtype in itertools.product(names, dtypes)
-        }
-        say(f"step {shape} {method}: memory")
-        footprints = {
-            key: in_fresh_process(_footprint, key[0], variant) if memory else {}
-            for key, variant in variants.items()
-        }
-        say(f"step {shape} {method}: correctness")
-        truth = _loss_and_gradients(PROGRAMS["plain"](case), case)
-        programs = {key: PROGRAMS[key[0]](variant) for key, variant in variants.items()}
-        errors = {
-            key: _error(_loss_and_gradients(program, variants[key]), truth)
-            for key, program in programs.items()
-        }
-        say(f"step {shape} {method}: timing, {rounds} rounds of {len(programs)} programs")
-        timings = interleave(
-            {key: _endless(program, variants[key]) for key, program in programs.items()},
-            rounds=rounds,
-            block_seconds=block_seconds,
-            device=device,
-        )
-        for (name, dtype), timing in timings.items():
-            measured = timing.row()
-            yield dict(
-                suite="step",
-                kernel_name=f"{method}_step",
-                kernel_provider=name,
-                kernel_operation_mode="step",
-                shape=shape,
-                model=model,
-                method=method,
-                dtype=dtype,
-                images=images,
-                x_name="batch",
-                x_value=batch,
-                **measured,
-                images_per_second=batch / measured["y_value_50"] * 1e3,
-                vs_peer=speedup(timing, timings["plain", dtype]),
-                vs_compiled=speedup(timing, timings["compiled", dtype]) if compiled else None,
-                vs_fp32=speedup(timing, timings[name, "fp32"]) if "fp32" in dtypes else None,
-                saved_bytes_per_image=footprints[name, dtype].get("saved_bytes_per_image"),
-                peak_memory_gib=footprints[name, dtype].get("peak_memory_gib"),
-                peak_reserved_gib=footprints[name, dtype].get("peak_reserved_gib"),
-                error=errors[name, dtype],
-                match=errors[name, dtype] <= _TOLERANCE[dtype],
-            )
+def _absent_here() -> dict[str, str]:
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    case = Case(SHAPES["tiny32"][0], 1, "mae", "bf16", device)
+    reasons = {name: program.missing(case) for name, program in PEERS.items()}
+    return {name: reason for name, reason in reasons.items() if reason is not None}
 
 
-def _endless(program: StepProgram, case: Case) -> Callable[[], None]:
-    batches = itertools.cycle(case.batches())
-    return lambda: program.step(next(batches))
+def run(options: Options) -> Iterator[dict]:
+    """A row for every shape, batch, method, program and dtype; a short run has two methods."""
+    methods = options.methods[:2] if options.seconds < math.inf else options.methods
+    for (shape, model, batch), method in itertools.product(options.cases(SHAPES), methods):
+        batch = _SMOKE_BATCH if options.smoke else batch
+        case = Case(model, batch, method, "fp64", options.device.type, options.images)
+        yield from _compare(shape, case, options)
+
+
+def _compare(shape: str, case: Case, options: Options) -> Iterator[dict]:
+    title = f"step {shape} {case.method} batch {case.batch}"
+    variants, absent = _variants(case, options)
+    truth = _loss_and_gradients(PEERS["plain"](case), case, 1)
+    footprints: dict[Variant, dict | None] = {key: {} for key in variants}
+    if options.memory:
+        for key, variant in variants.items():
+            options.say(f"{title}: memory of {' '.join(key)}")
+            footprints[key] = in_fresh_process(footprint, key[0], variant)
+    fitting = [key for key in variants if footprints[key] is not None]
+    timings = {key: Timing() for key in variants}
+    found: dict[Variant, dict] = {}
+    for group in _groups(fitting, footprints, options.device):
+        options.say(f"{title}: timing {len(group)} programs in turns")
+        made, fields = _timed({key: variants[key] for key in group}, truth, options)
+        timings |= made
+        found |= fields
+    for (name, dtype), timing in timings.items():
+        row = _row(name, variants[name, dtype], timing, timings, options)
+        row |= {"shape": shape, "error": None, "match": True, **found.get((name, dtype), {})}
+        row |= {f: (footprints[name, dtype] or {}).get(f) for f in _FOOTPRINT}
+        yield {**row, "absent": absent} if name == "fastmim" else row
+
+
+def _variants(case: Case, options: Options) -> tuple[dict[Variant, Case], dict[str, str]]:
+    """What can be run, and why the rest that was asked for cannot."""
+    names = ["fastmim", *(n for n in options.peers or PROGRAMS if n in PROGRAMS)]
+    if options.peers is None:
+        left_out = {*_BY_NAME, *(() if options.compiled else _COMPILED)}
+        kept = _IN_SMOKE if options.smoke else PROGRAMS
+        names = [name for name in names if name in kept and name not in left_out]
+    variants, absent = {}, {}
+    for name, dtype in itertools.product(dict.fromkeys(names), options.dtypes):
+        variant = dataclasses.replace(case, dtype=dtype)
+        reason = PROGRAMS[name].missing(variant)
+        if reason is None:
+            variants[name, dtype] = variant
+        else:
+            absent[name] = reason
+    return variants, absent
+
+
+def _groups(
+    keys: Sequence[Variant], footprints: Mapping[Variant, dict | None], device: torch.device
+) -> list[list[Variant]]:
+    """Programs that fit into memory together: all at rest but one, which is at its peak."""
+    limit = _USED * total_memory(device)
+    groups: list[list[Variant]] = []
+    resting = highest = float("inf")
+    for key in keys:
+        rest = footprints[key].get("resting_memory_gib") or 0.0
+        rise = (footprints[key].get("peak_memory_gib") or 0.0) - rest
+        if resting + rest + max(highest, rise) > limit:
+            groups.append([])
+            resting = highest = 0.0
+        groups[-1].append(key)
+        resting, highest = resting + rest, max(highest, rise)
+    return groups
+
+
+def _timed(
+    variants: Mapping[Variant, Case], truth: Mapping[str, Tensor], options: Options
+) -> tuple[dict[Variant, Timing], dict[Variant, dict]]:
+    """Timings in turns; whether each is correct, and the parts of those steps."""
+    batches = next(iter(variants.values())).batches()
+    programs, found = {}, {}
+    for key, case in variants.items():
+        made = unless_out_of_memory(_checked, PROGRAMS[key[0]], case, truth)
+        if made is not None:
+            program, error = made
+            programs[key] = Parts(program, options.device)
+            found[key] = dict(error=error, match=error <= _TOLERANCE[key[1]])
+    calls = {key: _endless(program.step, batches) for key, program in programs.items()}
+    timings = interleave(calls, **options.timing(), warm_up=1)
+    synchronize(options.device)
+    for key, timing in timings.items():
+        if timing.blocks:
+            found[key] |= programs[key].row()
+    return timings, found
+
+
+def _checked(
+    kind: type[StepProgram], case: Case, truth: Mapping[str, Tensor]
+) -> tuple[StepProgram, float]:
+    """A program, and its error at the shapes that are timed."""
+    program = kind(case)
+    copies = case.batch // _CHECKED_IMAGES if case.batch % _CHECKED_IMAGES == 0 else 1
+    error = _error(_loss_and_gradients(program, case, copies), truth)
+    program.student.zero_grad(set_to_none=True)
+    return program, error
+
+
+def _row(
+    name: str,
+    case: Case,
+    timing: Timing,
+    timings: Mapping[Variant, Timing],
+    options: Options,
+) -> dict:
+    measured = timing.row()
+    ms = measured["y_value_50"]
+    needed = step_parts(
+        case.model,
+        case.method,
+        case.batch,
+        case.dtype,
+        pixel_bytes=1 if case.images == "uint8" else 4,
+    )
+    total = step_total(needed, options.ceilings, case.dtype)
+    peak = options.ceilings.matmul[case.dtype]
+    return dict(
+        suite=NAME,
+        kernel_name=f"{case.method}_step",
+        kernel_provider=name,
+        kernel_operation_mode="step",
+        model=case.model,
+        method=case.method,
+        dtype=case.dtype,
+        images=case.images,
+        x_name="batch",
+        x_value=case.batch,
+        **measured,
+        images_per_second=None if ms is None else case.batch / ms * 1e3,
+        mfu_percent=None if ms is None else 1e5 * total.flops / peak / ms,
+        **options.against_floor(ms, total.floor, total.bytes, total.flops),
+        vs_official=_ratio(timing, timings.get(("official", case.dtype))),
+        vs_peer=_ratio(timing, timings.get(("plain", case.dtype))),
+        vs_compiled=_ratio(timing, timings.get(("compiled", case.dtype))),
+        vs_fp32=_ratio(timing, timings.get((name, "fp32"))),
+    )
+
+
+def _ratio(timing: Timing, peer: Timing | None) -> float | None:
+    """How many times as fast as the peer; by medians if they did not take turns."""
+    if peer is None or not timing.blocks or not peer.blocks:
+        return None
+    if len(timing.blocks) == len(peer.blocks):
+        return speedup(timing, peer)
+    mine, other = (
+        statistics.median(s for b in t.blocks for s in b.seconds) for t in (timing, peer)
+    )
+    return other / mine
+
+
+def _endless(step: Callable[[Batch], None], batches: Sequence[Batch]) -> Callable[[], None]:
+    turns = itertools.cycle(batches)
+    return lambda: step(next(turns))
 
 
 def _order(case: Case, count: int) -> Tensor:
-    """Masks for the comparison: (B, N) patch positions in shuffle order."""
+    """Masks: (B, N) patch positions in shuffle order."""
     noise = torch.rand(count, case.num_patches, generator=torch.Generator().manual_seed(0))
     return noise.argsort(dim=1).to(case.device)
 
 
-def _loss_and_gradients(program: StepProgram, case: Case) -> dict[str, Tensor]:
-    imgs = case.batches()[0].imgs[:_CHECKED_IMAGES]
-    loss = program.loss(imgs, _order(case, len(imgs)))
+def _loss_and_gradients(program: StepProgram, case: Case, copies: int) -> dict[str, Tensor]:
+    """For a few images, each as often as asked for: the means over a batch stay the same."""
+    few = dataclasses.replace(case, batch=_CHECKED_IMAGES)
+    imgs, order = few.batches()[0].imgs, _order(case, _CHECKED_IMAGES)
+    loss = program.loss(imgs.repeat(copies, 1, 1, 1), order.repeat(copies, 1))
     loss.backward()
-    trained = {n: p for n, p in program.student.named_parameters() if p.requires_grad}
-    values = {"loss": loss.detach(), **{name: p.grad for name, p in trained.items()}}
-    program.student.zero_grad(set_to_none=True)
-    return values
+    return {"loss": loss.detach(), **program.gradients()}
 
 
-def _error(values: dict[str, Tensor], truth: dict[str, Tensor]) -> float:
+def _error(values: Mapping[str, Tensor], truth: Mapping[str, Tensor]) -> float:
     """Largest relative error of the loss and of all gradients, as Euclidean norms."""
     if values.keys() != truth.keys() or any(value is None for value in values.values()):
         return float("inf")
@@ -162,17 +255,27 @@ def _error(values: dict[str, Tensor], truth: dict[str, Tensor]) -> float:
     return float(torch.stack(ratios).max())  # NaN stays NaN, which no tolerance admits
 
 
-def _footprint(name: str, case: Case) -> dict:
-    """Memory of one program; runs in a process of its own."""
+_FOOTPRINT = (
+    "saved_bytes_per_image", "peak_memory_gib", "peak_reserved_gib", "resting_memory_gib"
+)  # fmt: skip
+
+
+def footprint(name: str, case: Case) -> dict:
+    """Memory of one program; to be called in a process of its own."""
+    return footprint_of(PROGRAMS[name](case), case)
+
+
+def footprint_of(program: StepProgram, case: Case) -> dict:
+    """What the program's steps keep for the backward pass, take at their peak, and leave."""
     device = torch.device(case.device)
-    program = PROGRAMS[name](case)
     batches = case.batches()
     for batch in batches[:2]:  # the optimizer makes its state in the first
         program.step(batch)
-    peak = peak_memory(device)
+    synchronize(device)
+    measured = dict(**peak_memory(device), resting_memory_gib=memory_in_use(device))
     imgs = batches[0].imgs
     ids_shuffle = _order(case, case.batch)
     total = saved_bytes(
         lambda: program.loss(imgs, ids_shuffle), [imgs, *program.student.parameters()]
     )
-    return dict(saved_bytes_per_image=total / case.batch, **peak)
+    return dict(saved_bytes_per_image=total / case.batch, **measured)

@@ -1,8 +1,11 @@
 """The device under test, fixed seeds, and the authors' recorded vectors."""
 
+import importlib
 import importlib.util
 import os
+import sys
 from pathlib import Path
+from types import ModuleType
 
 import pytest
 import torch
@@ -36,3 +39,11 @@ def golden_file():
     """Loads a file of ``tests/golden``: name to its tensors."""
     folder = Path(__file__).parent / "golden"
     return lambda name: load_file(folder / f"{name}.safetensors")
+
+
+def benchmark_module(name: str) -> ModuleType:
+    """A module of the folder benchmarks, which is no package."""
+    folder = str(Path(__file__).parents[1] / "benchmarks")
+    if folder not in sys.path:
+        sys.path.append(folder)  # its modules import each other by name
+    return importlib.import_module(name)

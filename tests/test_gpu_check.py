@@ -31,8 +31,7 @@ def run_stages(modules):
     """Runs stages; returns their rows."""
 
     def run(stages: list, seconds: float = 60) -> dict[str, dict]:
-        rows = []
-        modules[1].run_stages(stages, seconds=seconds, write=rows.append, say=lambda text: None)
+        rows = list(modules[1].run_stages(stages, seconds=seconds, say=lambda text: None))
         assert json.loads(json.dumps(rows)) == rows
         return {row["stage"]: row for row in rows}
 
