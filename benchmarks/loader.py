@@ -30,8 +30,8 @@ from fastmim.nn.patch_embed import IMAGENET_MEAN, IMAGENET_STD
 NAME = "loader"
 # Shape to path in the shared folder, side of the crops in pixels, images per step.
 SHAPES = {
-    "parquet32": ("data/cifar10-test-5k.parquet", 32, 256),
-    "folder224": ("data/imagenet-sample", 224, 32),
+    "tiny32": ("data/cifar10-test-5k.parquet", 32, 256),
+    "small224": ("data/imagenet-sample", 224, 32),
 }
 DEFAULT = {"cpu": list(SHAPES), "cuda": list(SHAPES)}
 # fmt: off

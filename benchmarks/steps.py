@@ -2,6 +2,7 @@
 
 import dataclasses
 import itertools
+import math
 import statistics
 from collections.abc import Callable, Iterator, Mapping, Sequence
 
@@ -74,8 +75,9 @@ def _absent_here() -> dict[str, str]:
 
 
 def run(options: Options) -> Iterator[dict]:
-    """A row for every shape, batch, method, program and dtype."""
-    for (shape, model, batch), method in itertools.product(options.cases(SHAPES), options.methods):
+    """A row for every shape, batch, method, program and dtype; a short run has two methods."""
+    methods = options.methods[:2] if options.seconds < math.inf else options.methods
+    for (shape, model, batch), method in itertools.product(options.cases(SHAPES), methods):
         batch = _SMOKE_BATCH if options.smoke else batch
         case = Case(model, batch, method, "fp64", options.device.type, options.images)
         yield from _compare(shape, case, options)

@@ -53,7 +53,7 @@ def test_every_program_has_the_loss_and_gradients_of_plain_pytorch(name, method)
 
 
 def test_a_compiled_program_has_the_loss_and_gradients_of_plain_pytorch():
-    assert error(peers.PEERS["compiled"](case("rc_mae")), case("rc_mae")) <= 1e-5
+    assert error(peers.PEERS["compiled"](case("mae")), case("mae")) <= 1e-5
 
 
 def test_a_program_with_another_loss_does_not_match():
