@@ -36,7 +36,7 @@ def draw(rows: Sequence[dict], folder: Path) -> list[Path]:
         print("no pictures: matplotlib is not installed (pip install 'fastmim[plot]')")
         return []
     good = [row for row in rows if row.get("status", "ok") == "ok" and row["match"]]
-    trained = [row for row in good if row.get("x_name") == "batch" and row.get("method")]
+    trained = [row for row in good if row["suite"] in ("step", "memory")]
     pictures = {
         "throughput": (
             _by_batch("images_per_second", "images/s"),
