@@ -7,8 +7,10 @@ import multiprocessing
 import os
 import resource
 import signal
+import socket
 import sys
 import time
+from functools import partial
 from multiprocessing import forkserver
 from pathlib import Path
 
@@ -99,12 +101,12 @@ class Command:
     The process is forked from a server that has imported torch once.
 
     Args:
-        argv: Words of the command line.
+        argv: Words of the command line, or what is called instead.
         log: File for standard output and error.
         prepare: Called first in the process, to inject a fault.
     """
 
-    def __init__(self, argv: list[str], log: Path, prepare=None) -> None:
+    def __init__(self, argv, log: Path, prepare=None) -> None:
         root = str(Path(__file__).parents[1])
         if root not in sys.path:  # the server takes it over, and imports this module by its name
             sys.path.append(root)
@@ -141,7 +143,31 @@ class Command:
         return self.log.read_text() if self.log.exists() else ""
 
 
-def _command(argv: list[str], log: Path, prepare) -> None:
+def start_ranks(argv, folder: Path, prepare=None, world: int = 2) -> list[Command]:
+    """Processes that train together, started as torchrun does.
+
+    Args:
+        argv: As of :class:`Command`.
+        folder: For the files of what each rank prints.
+        prepare: Called with the rank, first in each.
+        world: How many.
+    """
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        port = server.getsockname()[1]
+    return [
+        Command(argv, folder / f"rank-{rank}.log", partial(_as_rank, rank, world, port, prepare))
+        for rank in range(world)
+    ]
+
+
+def _as_rank(rank: int, world: int, port: int, prepare) -> None:
+    names = dict(RANK=rank, LOCAL_RANK=rank, WORLD_SIZE=world, MASTER_PORT=port)
+    os.environ.update({name: str(value) for name, value in names.items()}, MASTER_ADDR="127.0.0.1")
+    if prepare is not None:
+        prepare(rank)
+
+
+def _command(argv, log: Path, prepare) -> None:
     from fastmim.cli import main
 
     file = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
@@ -150,7 +176,7 @@ def _command(argv: list[str], log: Path, prepare) -> None:
     torch.set_num_threads(1)
     if prepare is not None:
         prepare()
-    raise SystemExit(main(argv))
+    raise SystemExit(argv() if callable(argv) else main(argv))
 
 
 def slow_steps(seconds: float) -> None:
