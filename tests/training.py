@@ -35,6 +35,8 @@ MODELS["nano"] = dict(
     decoder_num_heads=2,
 )
 MODELS["nano_deep"] = {**MODELS["nano"], "depth": 3, "decoder_depth": 2}
+# Imported once for all processes that tests start; DDP and FSDP2 take seconds for theirs.
+PRELOADED = ["fastmim.cli", "pytest", "torch._dynamo", "torch.distributed.fsdp"]
 # Fields of metrics.jsonl that depend on the clock.
 TIMES = ("images_per_second", "data_wait", "teacher_time", "peak_memory_gib", "seconds")
 
@@ -111,7 +113,7 @@ class Command:
         if root not in sys.path:  # the server takes it over, and imports this module by its name
             sys.path.append(root)
         context = multiprocessing.get_context("forkserver")
-        context.set_forkserver_preload(["fastmim.cli"])
+        context.set_forkserver_preload(PRELOADED)
         self.log = log
         self.process = context.Process(target=_command, args=(argv, log, prepare))
         here = os.getcwd()
@@ -147,16 +149,18 @@ def start_ranks(argv, folder: Path, prepare=None, world: int = 2) -> list[Comman
     """Processes that train together, started as torchrun does.
 
     Args:
-        argv: As of :class:`Command`.
+        argv: As of :class:`Command`; or a list of these, one for each.
         folder: For the files of what each rank prints.
         prepare: Called with the rank, first in each.
         world: How many.
     """
     with socket.create_server(("127.0.0.1", 0)) as server:
         port = server.getsockname()[1]
+    several = isinstance(argv, list) and isinstance(argv[0], list)
+    argvs = argv if several else [argv] * world
     return [
-        Command(argv, folder / f"rank-{rank}.log", partial(_as_rank, rank, world, port, prepare))
-        for rank in range(world)
+        Command(words, folder / f"rank-{rank}.log", partial(_as_rank, rank, world, port, prepare))
+        for rank, words in enumerate(argvs)
     ]
 
 

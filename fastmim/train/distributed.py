@@ -5,6 +5,7 @@ DistributedDataParallel (DDP) or fully_shard (FSDP2), over gloo on CPUs and NCCL
 """
 
 import copy
+import inspect
 import os
 import weakref
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -179,14 +180,16 @@ class World:
         if self.parallel == "none":
             return Wrapped(method, method.teach)
         if self.parallel == "ddp":
-            module = DistributedDataParallel(
-                method,
-                process_group=self._group,
-                broadcast_buffers=False,  # they hold constants
-                gradient_as_bucket_view=True,
-            )
-            return Wrapped(module, method.teach)
+            return Wrapped(self._replicate(method), method.teach)
         return self._shard(method)
+
+    def _replicate(self, method: Method) -> nn.Module:
+        known = inspect.signature(DistributedDataParallel).parameters
+        # Buffers hold constants; the option has this name from torch 2.13 on.
+        sync = "forward_sync_buffers" if "forward_sync_buffers" in known else "broadcast_buffers"
+        return DistributedDataParallel(
+            method, process_group=self._group, gradient_as_bucket_view=True, **{sync: False}
+        )
 
     def _shard(self, method: Method) -> Wrapped:
         from torch.distributed.device_mesh import DeviceMesh
