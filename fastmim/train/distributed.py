@@ -7,6 +7,7 @@ DistributedDataParallel (DDP) or fully_shard (FSDP2), over gloo on CPUs and NCCL
 import copy
 import inspect
 import os
+import warnings
 import weakref
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -202,6 +203,8 @@ class World:
                 dist.broadcast(tensor, 0, group=self._group)
         device = next(method.parameters()).device
         mesh = DeviceMesh.from_group(self._group, device.type)
+        # Nothing changes the output of a block in place.
+        warnings.filterwarnings("ignore", "FSDP2-wrapped module .FSDPBlock. returned a view")
         for module in method.modules():
             if isinstance(module, Block):
                 fully_shard(module, mesh=mesh)
