@@ -134,7 +134,8 @@ class World:
         if self._group is None and started != "1":
             raise ValueError(
                 f"started as one of several processes (WORLD_SIZE is {started}) that have not "
-                "joined; wrap the training in fastmim.train.distributed.process_group()"
+                "joined; start it with torchrun, and in a script of your own wrap the training in "
+                "fastmim.train.distributed.process_group()"
             )
         if parallel == "none" and self.size > 1:
             raise ValueError(

@@ -5,6 +5,8 @@ import signal
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 
+from fastmim.train.distributed import rank
+
 _SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)  # Slurm warns with SIGUSR1
 
 
@@ -24,7 +26,7 @@ def collected_signals(once: bool = True) -> Iterator[list[signal.Signals]]:
         if once:
             for caught, handler in previous.items():
                 signal.signal(caught, handler)
-        if len(received) > 1:
+        if len(received) > 1 or rank() > 0:
             return
         # Not print: the signal may have come in the middle of one, whose buffer is locked.
         again = "; again to stop at once" if once else ""
