@@ -510,7 +510,7 @@ def test_bad_pictures_of_several_processes_count_when_all_know_of_them():
 
 def test_batch_that_does_not_fit_the_processes_is_refused():
     source = Pixels(40)
-    with pytest.raises(ValueError, match="batch_size 10 cannot be divided among 3 .* use 9, or"):
+    with pytest.raises(ValueError, match=r"batch_size 10 cannot be divided among 3 .* use 9, or"):
         take(source, 1, batch_size=10, world_size=3)
     with pytest.raises(ValueError, match="3 does not divide batch_size 12 / 3 processes = 4; use"):
         take(source, 1, micro_batch=3, world_size=3)

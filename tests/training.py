@@ -135,9 +135,9 @@ class Command:
         with contextlib.suppress(ProcessLookupError):
             os.kill(self.process.pid, number)
 
-    def finish(self) -> int:
+    def finish(self, seconds: float = 60) -> int:
         """Exit status; negative: killed by that signal."""
-        self.process.join(60)
+        self.process.join(seconds)
         assert self.process.exitcode is not None, f"hangs: {self.printed()}"
         return self.process.exitcode
 
