@@ -200,7 +200,7 @@ def make_engine(parallel: str, **options) -> Engine:
     chosen = recipe(batch_size=8, warmup_epochs=0)
     torch.manual_seed(rank())  # rank 0's weights are everyone's
     network = create_model("nano", norm_pix_loss=True, **options)
-    world = World()
+    world = World(timeout_minutes=5)
     world.choose(parallel)
     method = build_method("rc_mae", chosen, network)
     return Engine(method, chosen, precision="fp32", steps_per_epoch=2, world=world)

@@ -10,7 +10,7 @@ import os
 import warnings
 import weakref
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from datetime import timedelta
 from typing import Any, NamedTuple
 
@@ -34,7 +34,9 @@ def launched() -> bool:
 
 def rank() -> int:
     """Of this process among all that train; 0 writes, prints and evaluates."""
-    return dist.get_rank() if dist.is_initialized() else int(os.environ.get("RANK", "0"))
+    if dist.is_initialized():
+        return dist.get_rank()
+    return int(os.environ["RANK"]) if launched() else 0
 
 
 @contextmanager
@@ -102,10 +104,11 @@ class Wrapped(NamedTuple):
 
 
 class World:
-    """The processes that train together, one alone if there is no process group.
+    """The processes that train together: those of the process group if there is one.
 
     Args:
-        timeout_minutes: That a process waits for the others before it gives up.
+        timeout_minutes: That a process waits for the others before it gives up. All of the group
+            must then construct one. None: this process alone.
 
     Attributes:
         rank, size: Of this process; how many there are.
@@ -113,11 +116,11 @@ class World:
         parallel: How the model is spread: none, ddp or fsdp2.
     """
 
-    def __init__(self, timeout_minutes: float = 30.0) -> None:
+    def __init__(self, timeout_minutes: float | None = None) -> None:
         self.rank, self.size, self.parallel = 0, 1, "none"
         self._plain: weakref.WeakKeyDictionary[nn.Module, nn.Module] = weakref.WeakKeyDictionary()
         self._group = self._control = None
-        if dist.is_initialized():
+        if timeout_minutes is not None and dist.is_initialized():
             self.rank, self.size = dist.get_rank(), dist.get_world_size()
             timeout = timedelta(minutes=timeout_minutes)
             self._group = dist.new_group(timeout=timeout)
@@ -150,9 +153,9 @@ class World:
         alone = "none" if self.size == 1 else "ddp"
         self.parallel = alone if parallel == "auto" else parallel
 
-    def together(self):
+    def together(self) -> AbstractContextManager:
         """See :func:`together`."""
-        return together(self._control)
+        return nullcontext() if self._group is None else together(self._control)
 
     def gather(self, value: Any) -> list:
         """What every process gave, in the order of ranks. Picklable."""
