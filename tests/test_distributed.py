@@ -49,7 +49,7 @@ RUNS = {
     "sdae": dict(method="sdae"),
     "sdae_step": dict(method="sdae", recipe=small(teacher_update="step"), micro_batch=224),
 }
-SHARDED = ("rc_mae", "rc_mae_official", "dbot", "sdae", "sdae_step")
+SHARDED = ("rc_mae", "rc_mae_official", "dbot", "sdae")
 SPREAD = [(name, "ddp") for name in RUNS] + [(name, "fsdp2") for name in SHARDED]
 RESUMED = (("rc_mae", "ddp"), ("dbot", "fsdp2"))
 STOP = 3  # steps of the half that another number of processes goes on with
