@@ -6,6 +6,7 @@ import re
 import signal
 import sys
 from collections.abc import Sequence
+from contextlib import nullcontext
 from dataclasses import replace
 from pathlib import Path
 from typing import Literal, NamedTuple
@@ -28,6 +29,7 @@ from fastmim.models import did_you_mean
 from fastmim.train.build import restore_run
 from fastmim.train.checkpoint import CheckpointError
 from fastmim.train.config import Evaluation, Pretrain
+from fastmim.train.distributed import PeerError, process_group, rank, together
 from fastmim.train.evaluation import KNNEvaluation, compare
 from fastmim.train.folder import CHECKPOINTS
 from fastmim.train.log import say
@@ -36,7 +38,7 @@ from fastmim.train.presets import PRESETS
 from fastmim.train.trainer import NonFiniteError, Outcome, Trainer
 
 # What a user can cause. Their messages say what to do, so no traceback is shown.
-_USER_ERRORS = (ValueError, OSError, ImportError, CheckpointError)
+_USER_ERRORS = (ValueError, OSError, ImportError, CheckpointError, PeerError)
 _BAD_INPUT, _NON_FINITE, _BAD_DATA, _NOT_SAVED = 2, 3, 4, 5
 _STOPPED = 128 + signal.SIGINT
 
@@ -50,6 +52,7 @@ examples:
   fastmim pretrain --preset small32 --print_config > my.yaml       every option, to edit
   fastmim pretrain --config my.yaml
   fastmim pretrain --config runs/small32-rc_mae/config.yaml        go on with that run
+  torchrun --nproc-per-node=8 -m fastmim pretrain --preset tiny224 --data.path photos/
 """
 
 
@@ -79,24 +82,39 @@ def main(argv: Sequence[str] | None = None) -> int:
         argv: Words after ``fastmim``. Default: those of the process.
 
     Returns:
-        Exit status: 0 done (or stopped by SIGTERM and saved), 2 bad input, 3 non-finite losses,
-        4 too many unreadable images, 5 last checkpoint not written, 130 stopped by Ctrl-C.
+        Exit status: 0 done (or stopped by SIGTERM and saved), 2 bad input or another process
+        failed, 3 non-finite losses, 4 too many unreadable images, 5 last checkpoint not written,
+        130 stopped by Ctrl-C.
     """
     argv = list(sys.argv[1:] if argv is None else argv) or ["--help"]
+    with process_group() if argv[0] == "pretrain" else nullcontext():
+        return _run(argv)
+
+
+def _run(argv: list[str]) -> int:
     try:
-        parser = _parser(_preset_of(argv))
-        options = parser.parse_args(argv)
+        with together():
+            parser = _parser(_preset_of(argv))
+            options = parser.parse_args(argv)
         return _COMMANDS[options.command](_Call(argv, parser, options[options.command]))
     except ArgumentError as error:
         command = argv[0] + " " if argv[0] in _COMMANDS else ""
-        say(f"error: {error}{_nearest_option(error, argv[0])}\nsee fastmim {command}--help")
+        _tell(error, f"{_nearest_option(error, argv[0])}\nsee fastmim {command}--help")
         return _BAD_INPUT
     except _USER_ERRORS as error:
-        say(f"error: {error}")
+        _tell(error)
         return _BAD_INPUT
     except KeyboardInterrupt:
         say("stopped at once; of a training run, the last checkpoint is kept")
         return _STOPPED
+
+
+def _tell(error: Exception, remedy: str = "") -> None:
+    """Print an error; of several processes rank 0 does, unless it does not know of it."""
+    if rank() == 0:
+        say(f"error: {error}{remedy}")
+    elif not getattr(error, "told", isinstance(error, PeerError)):
+        print(f"rank {rank()}: error: {error}{remedy}", file=sys.stderr)
 
 
 def _preset_of(argv: Sequence[str]) -> str:
@@ -268,10 +286,10 @@ def _pretrain(call: _Call) -> int:
     try:
         outcome = trainer.run()
     except NonFiniteError as error:
-        say(f"error: {error}")
+        _tell(error)
         return _NON_FINITE
     except TooManyBadImages as error:
-        say(f"error: {error}")
+        _tell(error)
         return _BAD_DATA
     if not outcome.saved:
         say(
@@ -285,7 +303,8 @@ def _pretrain(call: _Call) -> int:
             f"{outcome.folder / 'config.yaml'}"
         )
         return _STOPPED if outcome.signal == signal.SIGINT else 0
-    _report(config, trainer, outcome)
+    if rank() == 0:
+        _report(config, trainer, outcome)
     return 0
 
 

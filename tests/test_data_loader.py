@@ -475,3 +475,42 @@ def test_eval_without_labels():
 def test_impossible_eval_options_are_refused_at_the_call(options):
     with pytest.raises(ValueError, match="eval_batches: expected"):
         eval_batches(Pixels(5), **{"image_size": (4, 4), "batch_size": 2, **options})
+
+
+@pytest.mark.parametrize("micro_batch", [None, 2])
+def test_processes_share_each_micro_batch_of_a_step(micro_batch):
+    source = Pixels(40)
+    whole = take(source, 8, micro_batch=micro_batch and 3 * micro_batch)
+    parts = [take(source, 8, micro_batch=micro_batch, rank=i, world_size=3) for i in range(3)]
+    for expected, *got in zip(whole, *parts, strict=True):
+        assert torch.equal(torch.cat([batch.imgs for batch in got]), expected.imgs)
+        assert torch.equal(torch.cat([batch.sample_ids for batch in got]), expected.sample_ids)
+        places = {(batch.step, batch.micro_step, batch.epoch) for batch in got}
+        assert places == {(expected.step, expected.micro_step, expected.epoch)}
+
+
+def test_bad_pictures_of_several_processes_count_when_all_know_of_them():
+    named = []
+    loader = PretrainLoader(
+        Pixels(40, bad=range(20)),
+        batch_size=12,
+        image_size=(16, 18),
+        seed=7,
+        world_size=2,
+        max_bad_fraction=0.1,
+        on_bad=lambda name, _reason: named.append(name),
+    )
+    met = [bad for batch in itertools.islice(loader, 8) for bad in batch.bad]
+    assert len(set(met)) > 8
+    assert (loader.bad_count, named) == (0, [])
+    with pytest.raises(TooManyBadImages, match="9 of 40 images cannot be used, 8 are allowed"):
+        loader.count_bad(met)
+    assert len(named) == 9
+
+
+def test_batch_that_does_not_fit_the_processes_is_refused():
+    source = Pixels(40)
+    with pytest.raises(ValueError, match=r"batch_size 10 cannot be divided among 3 .* use 9, or"):
+        take(source, 1, batch_size=10, world_size=3)
+    with pytest.raises(ValueError, match="3 does not divide batch_size 12 / 3 processes = 4; use"):
+        take(source, 1, micro_batch=3, world_size=3)

@@ -42,6 +42,7 @@ REFUSED = [
     (Efficiency, "efficiency.", {
         "micro_batch": [0], "workers": [-1], "threads": [0], "precision": ["fp16"],
         "teacher_precision": ["fp16"], "memory": ["small"], "residual": ["fp16"],
+        "parallel": ["fsdp"], "timeout_minutes": [0.0, math.inf],
     }),
     (Data, "data.", {"max_bad_fraction": [-0.1, 1.1, math.nan]}),
     (Evaluation, "eval.", {

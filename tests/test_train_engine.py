@@ -337,6 +337,18 @@ def test_devices():
         resolve_device("cuda:99")
 
 
+def test_each_of_several_processes_takes_its_own_gpu(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    for name in ("auto", "cuda"):
+        assert resolve_device(name, 1) == torch.device("cuda:1")
+        with pytest.raises(ValueError, match=r"process 2 of .* there are 2; .*-per-node=2"):
+            resolve_device(name, 2)
+    with pytest.raises(ValueError, match="'cuda:1' names one GPU for several processes"):
+        resolve_device("cuda:1", 0)
+    assert resolve_device("cpu", 5) == torch.device("cpu")
+
+
 def test_precisions(monkeypatch):
     cpu = torch.device("cpu")
     assert [resolve_precision(p, cpu, 32) for p in ("fp32", "bf16", "auto")] == [

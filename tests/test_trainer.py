@@ -415,7 +415,7 @@ def test_evaluation_sees_the_teacher_and_no_gradients(tmp_path, monkeypatch):
     assert metrics(tmp_path / "run")[-1] == {"step": 28, "epoch": 4, "knn_accuracy": 0.5}
 
 
-def test_many_processes_are_refused(tmp_path, monkeypatch):
+def test_processes_that_have_not_joined_are_refused(tmp_path, monkeypatch):
     monkeypatch.setenv("WORLD_SIZE", "1")
     Trainer(pretrain(tmp_path))
     monkeypatch.setenv("WORLD_SIZE", "2")

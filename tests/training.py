@@ -7,8 +7,10 @@ import multiprocessing
 import os
 import resource
 import signal
+import socket
 import sys
 import time
+from functools import partial
 from multiprocessing import forkserver
 from pathlib import Path
 
@@ -33,6 +35,8 @@ MODELS["nano"] = dict(
     decoder_num_heads=2,
 )
 MODELS["nano_deep"] = {**MODELS["nano"], "depth": 3, "decoder_depth": 2}
+# Imported once for all processes that tests start; DDP and FSDP2 take seconds for theirs.
+PRELOADED = ["fastmim.cli", "pytest", "torch._dynamo", "torch.distributed.fsdp"]
 # Fields of metrics.jsonl that depend on the clock.
 TIMES = ("images_per_second", "data_wait", "teacher_time", "peak_memory_gib", "seconds")
 
@@ -99,17 +103,17 @@ class Command:
     The process is forked from a server that has imported torch once.
 
     Args:
-        argv: Words of the command line.
+        argv: Words of the command line, or what is called instead.
         log: File for standard output and error.
         prepare: Called first in the process, to inject a fault.
     """
 
-    def __init__(self, argv: list[str], log: Path, prepare=None) -> None:
+    def __init__(self, argv, log: Path, prepare=None) -> None:
         root = str(Path(__file__).parents[1])
         if root not in sys.path:  # the server takes it over, and imports this module by its name
             sys.path.append(root)
         context = multiprocessing.get_context("forkserver")
-        context.set_forkserver_preload(["fastmim.cli"])
+        context.set_forkserver_preload(PRELOADED)
         self.log = log
         self.process = context.Process(target=_command, args=(argv, log, prepare))
         here = os.getcwd()
@@ -131,9 +135,9 @@ class Command:
         with contextlib.suppress(ProcessLookupError):
             os.kill(self.process.pid, number)
 
-    def finish(self) -> int:
+    def finish(self, seconds: float = 60) -> int:
         """Exit status; negative: killed by that signal."""
-        self.process.join(60)
+        self.process.join(seconds)
         assert self.process.exitcode is not None, f"hangs: {self.printed()}"
         return self.process.exitcode
 
@@ -141,7 +145,33 @@ class Command:
         return self.log.read_text() if self.log.exists() else ""
 
 
-def _command(argv: list[str], log: Path, prepare) -> None:
+def start_ranks(argv, folder: Path, prepare=None, world: int = 2) -> list[Command]:
+    """Processes that train together, started as torchrun does.
+
+    Args:
+        argv: As of :class:`Command`; or a list of these, one for each.
+        folder: For the files of what each rank prints.
+        prepare: Called with the rank, first in each.
+        world: How many.
+    """
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        port = server.getsockname()[1]
+    several = isinstance(argv, list) and isinstance(argv[0], list)
+    argvs = argv if several else [argv] * world
+    return [
+        Command(words, folder / f"rank-{rank}.log", partial(_as_rank, rank, world, port, prepare))
+        for rank, words in enumerate(argvs)
+    ]
+
+
+def _as_rank(rank: int, world: int, port: int, prepare) -> None:
+    names = dict(RANK=rank, LOCAL_RANK=rank, WORLD_SIZE=world, MASTER_PORT=port)
+    os.environ.update({name: str(value) for name, value in names.items()}, MASTER_ADDR="127.0.0.1")
+    if prepare is not None:
+        prepare(rank)
+
+
+def _command(argv, log: Path, prepare) -> None:
     from fastmim.cli import main
 
     file = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
@@ -150,7 +180,7 @@ def _command(argv: list[str], log: Path, prepare) -> None:
     torch.set_num_threads(1)
     if prepare is not None:
         prepare()
-    raise SystemExit(main(argv))
+    raise SystemExit(argv() if callable(argv) else main(argv))
 
 
 def slow_steps(seconds: float) -> None:

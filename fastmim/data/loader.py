@@ -108,10 +108,14 @@ class PretrainLoader:
     A bad picture is replaced by another one, drawn by (seed, epoch, sample id), cropped as the
     sample it replaces.
 
+    One of several processes yields its part of each step: of ``micro_batch * world_size`` samples
+    after one another the ``rank``-th ``micro_batch``.
+
     Args:
         source: The pictures.
-        batch_size: Samples an optimizer step.
-        micro_batch: Samples a ``Batch``; must divide ``batch_size``; None: all of them.
+        batch_size: Samples an optimizer step, of all processes.
+        micro_batch: Samples a ``Batch``; must divide ``batch_size / world_size``; None: all of
+            them.
         image_size: (h, w) of the crops.
         seed: In [0, 2**64); of order, crops and substitutes.
         augmentation: What crops are drawn from.
@@ -123,6 +127,9 @@ class PretrainLoader:
         on_bad: Called with (name, reason) once for each distinct bad picture; None: a warning is
             logged.
         pin_memory: Give ``imgs`` in page-locked memory, for asynchronous copies to a GPU.
+        rank: Of this process.
+        world_size: Number of processes; of several, bad pictures count once ``count_bad`` is given
+            what all of them met.
 
     Attributes:
         sampler: The ``StepSampler``; ``steps_per_epoch`` is there.
@@ -132,7 +139,7 @@ class PretrainLoader:
 
     Raises:
         ValueError: At construction, if a number is out of range or there are fewer samples than one
-            batch.
+            batch, or ``world_size`` does not divide a batch.
         TooManyBadImages: While iterating.
     """
 
@@ -150,24 +157,36 @@ class PretrainLoader:
         max_bad_fraction: float = 1e-3,
         on_bad: Callable[[str, str], None] | None = None,
         pin_memory: bool = False,
+        rank: int = 0,
+        world_size: int = 1,
     ):
         name = type(self).__name__
         self.sampler = StepSampler(len(source), batch_size, seed)
-        micro_batch = batch_size if micro_batch is None else micro_batch
+        if batch_size % world_size:
+            fits = max(1, round(batch_size / world_size)) * world_size
+            raise ValueError(
+                f"{name}: batch_size {batch_size} cannot be divided among {world_size} processes; "
+                f"use {fits}, or a number of processes that divides it"
+            )
+        part = batch_size // world_size
+        micro_batch = part if micro_batch is None else micro_batch
         _check_int(name, "micro_batch", micro_batch, 1)
         _check_int(name, "workers", workers, 0)
         _check_int(name, "start_step", start_step, 0)
-        if batch_size % micro_batch:
+        if part % micro_batch:
+            among = f" / {world_size} processes = {part}" if world_size > 1 else ""
             raise ValueError(
-                f"{name}: micro_batch {micro_batch} does not divide batch_size {batch_size}; use a "
-                "divisor"
+                f"{name}: micro_batch {micro_batch} does not divide batch_size "
+                f"{batch_size}{among}; use a divisor"
             )
         if not 0 <= max_bad_fraction <= 1:
             raise ValueError(f"{name}: expected max_bad_fraction in [0, 1], got {max_bad_fraction}")
         self.source = source
         self.batch_size = batch_size
         self.micro_batch = micro_batch
-        self.micro_steps = batch_size // micro_batch
+        self.micro_steps = part // micro_batch
+        self.rank = rank
+        self.world_size = world_size
         self.start_step = start_step
         self.workers = workers
         self.pin_memory = pin_memory
@@ -181,6 +200,14 @@ class PretrainLoader:
     @property
     def bad_count(self) -> int:
         return len(self._bad.reasons)
+
+    def count_bad(self, bad: list[tuple[str, str]]) -> None:
+        """Count bad pictures that processes met, as ``Batch.bad`` tells them.
+
+        Raises:
+            TooManyBadImages: If they are too many now.
+        """
+        self._bad.add(bad)
 
     def __iter__(self) -> Iterator[Batch]:
         stream = self._iterate()
@@ -203,7 +230,8 @@ class PretrainLoader:
         step = self.start_step
         while True:
             epoch, ids = self.sampler.indices(step)
-            for micro_step, part in enumerate(ids.numpy().reshape(self.micro_steps, -1)):
+            parts = ids.numpy().reshape(self.micro_steps, self.world_size, -1)[:, self.rank]
+            for micro_step, part in enumerate(parts):
                 yield part, step, micro_step, epoch
             step += 1
 
@@ -214,7 +242,8 @@ class PretrainLoader:
                 begin = time.perf_counter()
                 imgs, used, bad, (ids, step, micro_step, epoch) = next(stream)
                 self.wait_seconds += time.perf_counter() - begin
-                self._bad.add(bad)
+                if self.world_size == 1:
+                    self._bad.add(bad)
                 if len(used) < len(ids):
                     raise TooManyBadImages(
                         f"PretrainLoader: no usable substitute in {_SUBSTITUTE_TRIES} tries for "

@@ -3,11 +3,11 @@
 import contextlib
 import hashlib
 import inspect
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from fastmim.data import Source
 from fastmim.methods import METHODS, Method
@@ -117,6 +117,25 @@ def run_identity(method: str, recipe: dict, source: Source) -> dict:
     }
 
 
+def check_checkpoint(checkpoint: Checkpoint, wanted: Mapping[str, Mapping[str, Tensor]]) -> None:
+    """Compare every tensor of some parts of a checkpoint with what shall take them.
+
+    Args:
+        checkpoint: Its other parts are not looked at.
+        wanted: Part name to the tensors' names and tensors.
+
+    Raises:
+        CheckpointError: If a part is missing or names, shapes or dtypes differ.
+    """
+    for part, tensors in wanted.items():
+        if part not in checkpoint.parts:
+            raise CheckpointError(
+                f"{checkpoint.path}: holds no {part}, only {', '.join(checkpoint.parts)}; "
+                "it is of another method"
+            )
+        check_parts(checkpoint.parts[part], tensors, part)
+
+
 def load_parts(method: Method, checkpoint: Checkpoint) -> None:
     """Copy student and teacher of a checkpoint into a method, after comparing every tensor.
 
@@ -124,13 +143,7 @@ def load_parts(method: Method, checkpoint: Checkpoint) -> None:
         CheckpointError: If a part is missing or names, shapes or dtypes differ.
     """
     modules = networks(method)
-    for part, module in modules.items():
-        if part not in checkpoint.parts:
-            raise CheckpointError(
-                f"{checkpoint.path}: holds no {part}, only {', '.join(checkpoint.parts)}; "
-                "it is of another method"
-            )
-        check_parts(checkpoint.parts[part], module.state_dict(), part)
+    check_checkpoint(checkpoint, {part: module.state_dict() for part, module in modules.items()})
     for part, module in modules.items():
         module.load_state_dict(checkpoint.parts[part])
 

@@ -22,7 +22,7 @@ class Recipe:
         mask_ratio: Fraction of patches removed, in (0, 1).
         epochs: Passes over the data set.
         warmup_epochs: Linear warm-up of the learning rate.
-        batch_size: Images per optimizer step, over all micro-batches.
+        batch_size: Images per optimizer step, over all micro-batches of all processes.
         base_lr: Learning rate per 256 images: lr = base_lr * batch_size / 256.
         min_lr: Where the cosine ends.
         weight_decay: Decoupled decay of matrices; biases and norms have none.
@@ -160,7 +160,8 @@ class Efficiency:
     """How fast and in how much memory. Changes rounding at most.
 
     Args:
-        micro_batch: Images per forward pass; must divide recipe.batch_size. Default: all at once.
+        micro_batch: Images per forward pass; must divide the part of recipe.batch_size that a
+            process has. Default: all of it at once.
         precision: Of matrix products. bf16: autocast, with float32 weights, teacher, residual
             stream and losses. auto: bf16 where the processor computes it natively and the model is
             wide enough to gain, else fp32.
@@ -170,9 +171,15 @@ class Efficiency:
         teacher_precision: Of the teacher's products, which have no gradient. same: as precision.
         teacher_once: Let the teacher see all micro-batches of a step at once: fewer, larger
             products, and memory for the features of the whole step.
-        workers: Processes that load images; 0: the training process does.
-        threads: CPU threads of the training process. Default: torch's.
-        device: auto: a GPU if there is one, else the CPU.
+        workers: Processes that load images for each training process; 0: it does so itself.
+        threads: CPU threads of a training process. Default: torch's.
+        device: auto: a GPU if there is one, else the CPU. Each of several processes takes a GPU of
+            its own.
+        parallel: How processes that torchrun starts share the work. ddp: each holds all weights.
+            fsdp2: each holds a part of every weight, for models that do not fit otherwise. auto:
+            ddp if there are several. none: refuse several.
+        timeout_minutes: That a process waits for the others before it gives up; rank 0's kNN
+            evaluation and checkpoints are waited for, too.
     """
 
     micro_batch: int | None = None
@@ -184,6 +191,8 @@ class Efficiency:
     workers: int = 0
     threads: int | None = None
     device: str = "auto"
+    parallel: Literal["auto", "ddp", "fsdp2", "none"] = "auto"
+    timeout_minutes: float = 30.0
 
     def __post_init__(self) -> None:
         micro_batch, threads = self.micro_batch, self.threads
@@ -193,6 +202,7 @@ class Efficiency:
             micro_batch=(micro_batch is None or micro_batch >= 1, "at least 1, or null"),
             workers=(self.workers >= 0, "at least 0"),
             threads=(threads is None or threads >= 1, "at least 1, or null"),
+            timeout_minutes=(0 < self.timeout_minutes < math.inf, "a positive number"),
         )
 
 

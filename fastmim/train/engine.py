@@ -3,7 +3,7 @@
 import contextlib
 import math
 import time
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from typing import NamedTuple, Protocol
 
 import torch
@@ -12,6 +12,7 @@ from torch import Tensor
 from fastmim.methods import Clock, Method
 from fastmim.ops import Masks, ema_update_, num_keep, sample_masks, sample_uniforms
 from fastmim.train.config import Recipe
+from fastmim.train.distributed import World
 from fastmim.train.optim import AdamWEMA, lr_at, param_groups
 
 # Learning in bf16 was compared with fp32 at width 384 (benchmarks/bf16_curve.py); narrower models
@@ -27,15 +28,30 @@ class MicroBatch(Protocol):
     epoch: int
 
 
-class StepResult(NamedTuple):
-    """What one optimizer step did.
+class Votes(NamedTuple):
+    """What a process wants of all; in a :class:`StepResult`, whether any does.
 
     Attributes:
-        losses: Name to value, means over the micro-batches; "loss" is the total.
+        stop: To end after this step.
+        save: To write a checkpoint.
+        tell: To tell the others of images it could not read.
+    """
+
+    stop: bool = False
+    save: bool = False
+    tell: bool = False
+
+
+class StepResult(NamedTuple):
+    """What one optimizer step did; the same in all processes.
+
+    Attributes:
+        losses: Name to value, means over all micro-batches of all processes; "loss" is the total.
         lr: Learning rate used.
         momentum: Of the teacher, None without one that moves.
         grad_norm: Global L2 norm of the gradient before clipping.
         skipped: True if a loss or gradient was not finite and nothing was changed.
+        votes: What any process wanted while the step was done.
     """
 
     losses: dict[str, float]
@@ -43,16 +59,21 @@ class StepResult(NamedTuple):
     momentum: float | None
     grad_norm: float
     skipped: bool
+    votes: Votes = Votes()
 
 
-def resolve_device(device: str) -> torch.device:
+def resolve_device(device: str, local_rank: int | None = None) -> torch.device:
     """The device meant by ``auto``, or the one named.
+
+    Args:
+        device: auto, cpu, cuda or cuda:N.
+        local_rank: Of several processes, which takes the GPU of that number; None: one process.
 
     Raises:
         ValueError: If the name is no device, or a GPU is asked for that is not there.
     """
     if device == "auto":
-        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+        device = "cuda" if torch.cuda.is_available() else "cpu"
     name, _, number = device.partition(":")
     if name not in ("cpu", "cuda") or not (number or "0").isdecimal():
         raise ValueError(f"efficiency.device: expected auto, cpu, cuda or cuda:N, got '{device}'")
@@ -61,12 +82,45 @@ def resolve_device(device: str) -> torch.device:
             f"efficiency.device: '{device}' was asked for, but torch {torch.__version__} sees no "
             "GPU; use auto or cpu, or install a CUDA build of torch and its driver"
         )
+    if name == "cuda" and local_rank is not None:
+        return _device_of(local_rank, device)
     if name == "cuda" and int(number or 0) >= torch.cuda.device_count():
         raise ValueError(
             f"efficiency.device: '{device}' was asked for, but there are "
             f"{torch.cuda.device_count()} GPUs, counted from 0"
         )
     return torch.device(device)
+
+
+def _device_of(local_rank: int, device: str) -> torch.device:
+    """The GPU of one of several processes."""
+    if device != "cuda":
+        raise ValueError(
+            f"efficiency.device: '{device}' names one GPU for several processes; use auto or cuda, "
+            "each takes its own; CUDA_VISIBLE_DEVICES chooses among them"
+        )
+    count = torch.cuda.device_count()
+    if local_rank >= count:
+        raise ValueError(
+            f"efficiency.device: process {local_rank} of this machine, counted from 0, has no GPU "
+            f"of its own, there are {count}; start torchrun with --nproc-per-node={count}"
+        )
+    return torch.device("cuda", local_rank)
+
+
+def check_options(method: Method, recipe: Recipe, teacher_once: bool) -> None:
+    """Refuse options that the method cannot serve.
+
+    Raises:
+        ValueError: Says which.
+    """
+    if teacher_once and method.teacher_follows == "micro_step":
+        raise ValueError(
+            "efficiency.teacher_once: this teacher moves after every micro-batch, so it cannot "
+            "see all of them at once; use recipe.momentum_schedule cosine"
+        )
+    if len(recipe.stages) > 1 and not method.has_stages:
+        method.begin_stage(1)  # says that there are none
 
 
 def resolve_precision(precision: str, device: torch.device, width: int) -> str:
@@ -100,6 +154,7 @@ class Engine:
         steps_per_epoch: Optimizer steps in a pass over the data.
         teacher_precision: fp32 or bf16, of what the teacher computes. Default: ``precision``.
         teacher_once: Let the teacher see all micro-batches of a step at once.
+        world: Processes that train together, all of which must construct one. Default: this one.
 
     Attributes:
         teacher_seconds: That the teacher has taken so far; on a GPU, of the GPU's time.
@@ -114,12 +169,9 @@ class Engine:
         steps_per_epoch: int,
         teacher_precision: str | None = None,
         teacher_once: bool = False,
+        world: World | None = None,
     ) -> None:
-        if teacher_once and method.teacher_follows == "micro_step":
-            raise ValueError(
-                "efficiency.teacher_once: this teacher moves after every micro-batch, so it cannot "
-                "see all of them at once; use recipe.momentum_schedule cosine"
-            )
+        check_options(method, recipe, teacher_once)
         self.method = method
         self.recipe = recipe
         self.precision = precision
@@ -132,8 +184,12 @@ class Engine:
         self.device = next(method.student.parameters()).device
         self._per_micro_step = method.teacher_follows == "micro_step"
         self.stage = 0
-        if len(recipe.stages) > 1 and not method.has_stages:
-            method.begin_stage(1)  # says that there are none
+        self.world = World() if world is None else world
+        self._begin()
+
+    def _begin(self) -> None:
+        """Spread the networks there are over the processes, and make their optimizer."""
+        self._wrapped = self.world.wrap(self.method)
         self.optimizer = self._make_optimizer()
 
     def _make_optimizer(self) -> AdamWEMA:
@@ -155,9 +211,10 @@ class Engine:
         """
         while self.stage < stage:
             self.stage += 1
-            self.method.begin_stage(self.stage)
             before = self.optimizer.state_dict()
-            self.optimizer = self._make_optimizer()
+            self.method.student = self.world.whole(self.method.student, everywhere=True)
+            self.method.begin_stage(self.stage)
+            self._begin()
             if self.recipe.stage_carry:
                 self.optimizer.carry_over(before)
 
@@ -184,13 +241,21 @@ class Engine:
         ids = batch.sample_ids.to(self.device)
         return sample_uniforms(self.recipe.seed, batch.epoch, ids, count)
 
-    def run_step(self, step: int, batches: Iterable[MicroBatch], count: int = 1) -> StepResult:
+    def run_step(
+        self,
+        step: int,
+        batches: Iterable[MicroBatch],
+        count: int = 1,
+        votes: Callable[[], Votes] = Votes,
+    ) -> StepResult:
         """Do optimizer step number ``step``: all of it, or nothing if something is not finite.
 
         Args:
             step: Global step, from 0; schedules depend on nothing else.
-            batches: The micro-batches of this step, of one size; taken one at a time.
+            batches: This process's micro-batches of this step, all of one size in all processes;
+                taken one at a time.
             count: How many they are.
+            votes: Called once all gradients are queued.
         """
         self.begin_stage(self.recipe.stage_at(step // self.steps_per_epoch))
         sums: dict[str, Tensor] = {}
@@ -199,14 +264,15 @@ class Engine:
         for i, (imgs, masks, draws, target) in zip(
             range(count), self._inputs(batches), strict=True
         ):
-            with self._autocast(self.precision):
-                losses = self.method(imgs, masks, draws=draws, target=target)
-            (losses.total / count).backward()
+            with self.world.accumulating(self._wrapped.forward, i == count - 1):
+                with self._autocast(self.precision):
+                    losses = self._wrapped.forward(imgs, masks, draws=draws, target=target)
+                (losses.total / count).backward()
             for name, value in {"loss": losses.total.detach(), **losses.terms}.items():
                 sums[name] = sums.get(name, 0.0) + value / count
             if self._per_micro_step and i < count - 1:
                 self._follow(step, i, count)
-        result = self._update(step, count, sums)
+        result = self._update(step, count, sums, votes)
         if not result.skipped:
             self._follow(step, count - 1, count)
         elif before is not None:
@@ -242,7 +308,7 @@ class Engine:
         for event in events[:1]:
             event.record()
         with torch.no_grad(), self._autocast(self.teacher_precision):
-            target = self.method.teach(imgs, masks)
+            target = self._wrapped.teach(imgs, masks)
         for event in events[1:]:
             event.record()
         if on_gpu:
@@ -251,30 +317,41 @@ class Engine:
             self.teacher_seconds += time.perf_counter() - begin
         return target
 
-    def _update(self, step: int, count: int, sums: dict[str, Tensor]) -> StepResult:
+    def _update(
+        self, step: int, count: int, sums: dict[str, Tensor], votes: Callable[[], Votes]
+    ) -> StepResult:
         """AdamW on the gradients that are there, and the teacher's EMA in the same pass."""
         recipe = self.recipe
-        norm = torch.nn.utils.get_total_norm(self.optimizer.grads())
+        norm = self.world.norm(self.optimizer.grads())
         clip = 1.0
         if recipe.clip_grad is not None:
             clip = (recipe.clip_grad / (norm.double() + 1e-6)).clamp(max=1.0)
+        # NaN or infinity of any process makes the mean of all not finite.
+        shared = self._shared(votes(), norm, *sums.values())
         lr = self.lr_at(step)
         momentum = self.momentum_at(step, count - 1, count)
         self.optimizer.step(
             lr=lr,
             momentum=momentum if self.optimizer.teachers else 1.0,
             clip=clip,
-            skip=~(torch.isfinite(sums["loss"]) & torch.isfinite(norm)),
+            skip=~torch.isfinite(shared[:2]).all(),  # norm and loss
         )
         self.optimizer.zero_grad()
         # The only wait for the device, after all of the step is queued.
-        grad_norm, *values = torch.stack([norm, *sums.values()]).tolist()
+        grad_norm, *values = shared.tolist()
         for begin, end in self._teacher_events:
             self.teacher_seconds += begin.elapsed_time(end) / 1000
         self._teacher_events.clear()
-        losses = dict(zip(sums, values, strict=True))
+        losses = dict(zip(sums, values, strict=False))
         skipped = not (math.isfinite(losses["loss"]) and math.isfinite(grad_norm))
-        return StepResult(losses, lr, momentum, grad_norm, skipped)
+        voted = Votes(*(value > 0 for value in values[len(sums) :]))
+        return StepResult(losses, lr, momentum, grad_norm, skipped, voted)
+
+    def _shared(self, votes: Votes, *values: Tensor) -> Tensor:
+        """Mean over the processes of some scalars, then of the votes."""
+        # Not torch.tensor: on a GPU it would wait for the copy.
+        counted = [torch.full_like(values[0], float(vote)) for vote in votes]
+        return self.world.mean(torch.stack([*values, *counted]))
 
     def lr_at(self, step: int) -> float:
         """Learning rate of an optimizer step: warm-up and cosine start anew in each stage."""

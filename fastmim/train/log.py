@@ -18,6 +18,7 @@ from rich.progress_bar import ProgressBar
 from rich.table import Table
 from rich.text import Text
 
+from fastmim.train.distributed import rank
 from fastmim.train.engine import StepResult
 
 _PLAIN_SECONDS = 10.0  # at most between progress lines where there is no terminal
@@ -29,8 +30,12 @@ _console = Console(stderr=True)
 
 
 def say(text: str) -> None:
-    """Print for a person, on standard error, above the progress line if there is one."""
-    _console.print(text, markup=False, highlight=False, soft_wrap=True)
+    """Print for a person, on standard error, above the progress line if there is one.
+
+    Of several processes rank 0 alone does.
+    """
+    if rank() == 0:
+        _console.print(text, markup=False, highlight=False, soft_wrap=True)
 
 
 def memory_gib(device: torch.device) -> tuple[float, float]:
@@ -59,20 +64,25 @@ class Metrics:
 
     Args:
         path: The file; lines of later steps than ``step`` are dropped, for they will come again.
+            None: nothing is kept.
         step: Steps that are done.
     """
 
-    def __init__(self, path: Path, step: int) -> None:
+    def __init__(self, path: Path | None, step: int) -> None:
+        self.path = path
+        if path is None:
+            return
         kept = [line for line in read_metrics(path) if line["step"] <= step]
         temporary = path.with_suffix(".tmp")
         temporary.write_text("".join(json.dumps(line) + "\n" for line in kept))
         os.replace(temporary, path)
-        self.path = path
         self._file = open(path, "ab", buffering=0)  # noqa: SIM115 - lives as long as the run
         self._torn = self._told = False
 
     def write(self, step: int, values: dict) -> None:
         """Append one line; numbers that are not finite become null."""
+        if self.path is None:
+            return
         finite = {
             k: None if isinstance(v, float) and not math.isfinite(v) else v
             for k, v in values.items()
@@ -87,7 +97,8 @@ class Metrics:
             self._told = True
 
     def close(self) -> None:
-        self._file.close()
+        if self.path is not None:
+            self._file.close()
 
 
 def read_metrics(path: Path) -> list[dict]:
@@ -176,7 +187,7 @@ class RunLog:
         self._shown = -math.inf  # when the progress line was last drawn
         self._current = True  # whether it shows the last step
         self._live: Live | None = None
-        if _console.is_terminal and not _console.is_dumb_terminal:
+        if rank() == 0 and _console.is_terminal and not _console.is_dumb_terminal:
             # Redrawn by the steps: a thread that draws would be forked with the loader's workers.
             self._live = Live(console=_console, auto_refresh=False, transient=True)
             self._live.start()

@@ -1,5 +1,6 @@
 """The training loop: steps, checkpoints, signals, and what is left behind at the end."""
 
+import contextlib
 import json
 import math
 import os
@@ -19,14 +20,22 @@ from fastmim.train import checkpoint as checkpoints
 from fastmim.train.build import (
     build_autoencoder,
     build_method,
-    load_parts,
+    check_checkpoint,
     networks,
     run_identity,
     teacher_identity,
 )
 from fastmim.train.checkpoint import Checkpoint, CheckpointError, CheckpointWriteError
 from fastmim.train.config import Pretrain, to_dict
-from fastmim.train.engine import Engine, StepResult, resolve_device, resolve_precision
+from fastmim.train.distributed import World, rank
+from fastmim.train.engine import (
+    Engine,
+    StepResult,
+    Votes,
+    check_options,
+    resolve_device,
+    resolve_precision,
+)
 from fastmim.train.evaluation import KNNEvaluation
 from fastmim.train.folder import CHECKPOINTS, held, newest_checkpoint, run_folder, write_config
 from fastmim.train.interrupt import collected_signals
@@ -57,10 +66,10 @@ class Outcome(NamedTuple):
 
 
 class Trainer:
-    """A pre-training run, from a configuration.
+    """A pre-training run, from a configuration; one in each of the processes that train together.
 
     Everything that can be wrong with the configuration or the data is found here, before any
-    training is done.
+    training is done. What is wrong in one process is raised in all.
 
     Args:
         config: The run.
@@ -69,13 +78,46 @@ class Trainer:
         ValueError, FileNotFoundError: A configuration or data set that cannot be trained on.
         CheckpointError: The run folder holds a run with another recipe, method or data set, or
             only damaged checkpoints.
+        PeerError: Another process raised.
     """
 
     def __init__(self, config: Pretrain) -> None:
-        recipe, efficiency = config.recipe, config.efficiency
-        _refuse_many_processes()
         self.config = config
-        self.device = resolve_device(efficiency.device)
+        self.world = World(config.efficiency.timeout_minutes)
+        self.done = 0  # optimizer steps
+        self.skipped = 0  # of them without an update
+        self._bad_in_a_row = 0
+        self._window = Window()
+        self._saved_at: int | None = None
+        self._bad_images: set[str] = set()
+        self._untold: list[tuple[str, str]] = []  # bad images that other processes know not of
+        with self.world.together():
+            self._prepare()
+        self._compare_processes()
+        efficiency = config.efficiency
+        self.engine = Engine(
+            self.method,
+            config.recipe,
+            precision=self.precision,
+            teacher_precision=None
+            if efficiency.teacher_precision == "same"
+            else efficiency.teacher_precision,
+            teacher_once=efficiency.teacher_once,
+            steps_per_epoch=self.loader.sampler.steps_per_epoch,
+            world=self.world,
+        )
+        self.folder = self.world.broadcast(run_folder(config))
+        self._resume()
+
+    def _prepare(self) -> None:
+        """All that needs no other process."""
+        config, recipe, efficiency = self.config, self.config.recipe, self.config.efficiency
+        self.world.choose(efficiency.parallel)
+        several = self.world.size > 1
+        local_rank = int(os.environ.get("LOCAL_RANK", self.world.rank)) if several else None
+        self.device = resolve_device(efficiency.device, local_rank)
+        if several and self.device.type == "cuda":
+            torch.cuda.set_device(self.device)  # NCCL's collectives of objects use the current one
         self.source: Source = open_source(config.data.path)
         autoencoder = build_autoencoder(
             config.method,
@@ -88,9 +130,7 @@ class Trainer:
         image_size = autoencoder.patch_embed.img_size
         self.precision = resolve_precision(efficiency.precision, self.device, autoencoder.embed_dim)
         self.method = build_method(config.method, recipe, autoencoder).to(self.device)
-        self.identity = run_identity(config.method, to_dict(recipe), self.source)
-        if self.method.has_stages and recipe.teachers:
-            self.identity["teachers"] = teacher_identity(recipe.teachers)
+        check_options(self.method, recipe, efficiency.teacher_once)
         self.loader = PretrainLoader(
             self.source,
             batch_size=recipe.batch_size,
@@ -104,19 +144,8 @@ class Trainer:
             max_bad_fraction=config.data.max_bad_fraction,
             on_bad=self._report_bad_image,
             pin_memory=self.device.type == "cuda",
-        )
-        # Only a teacher that moves after every micro-batch makes their size change the result.
-        if self.method.teacher_follows == "micro_step":
-            self.identity["micro_batch"] = self.loader.micro_batch
-        self.engine = Engine(
-            self.method,
-            recipe,
-            precision=self.precision,
-            teacher_precision=None
-            if efficiency.teacher_precision == "same"
-            else efficiency.teacher_precision,
-            teacher_once=efficiency.teacher_once,
-            steps_per_epoch=self.loader.sampler.steps_per_epoch,
+            rank=self.world.rank,
+            world_size=self.world.size,
         )
         self.evaluation = KNNEvaluation(
             config.eval,
@@ -126,34 +155,52 @@ class Trainer:
             workers=efficiency.workers,
             on_bad=self._report_bad_image,
         )
-        self.done = 0  # optimizer steps
-        self.skipped = 0  # of them without an update
-        self._bad_in_a_row = 0
-        self._window = Window()
-        self._saved_at: int | None = None
-        self._bad_images: set[str] = set()
-        self._sample_ids: list[Tensor] = []  # of the step under way
-        self.folder = run_folder(config)
-        checkpoint = newest_checkpoint(self.folder)
-        if checkpoint is not None:
-            self._resume(checkpoint)
+        self.identity = self._identify()
 
-    def _resume(self, checkpoint: Checkpoint) -> None:
-        state = checkpoint.state
-        fields = checkpoints.difference(state.get("identity", {}), self.identity)
-        if fields:
-            raise CheckpointError(
-                f"{checkpoint.path} is of another run, they differ in\n  "
-                + "\n  ".join(fields)
-                + "\nto start another run pass --output.name or --resume never; to go on with "
-                f"this one pass --config {self.folder / 'config.yaml'}"
-            )
+    def _identify(self) -> dict:
+        """What a checkpoint must agree in with this run."""
+        recipe = self.config.recipe
+        identity = run_identity(self.config.method, to_dict(recipe), self.source)
+        if self.method.has_stages and recipe.teachers:
+            identity["teachers"] = teacher_identity(recipe.teachers)
+        # Only a teacher that moves after every micro-batch makes their size change the result.
+        if self.method.teacher_follows == "micro_step":
+            identity["micro_batch"] = self.loader.micro_batch * self.world.size
+        return identity
+
+    def _compare_processes(self) -> None:
+        """Refuse to train with processes that were told something else, or see other images."""
+        config = to_dict(self.config)
+        del config["data"]["path"]  # a disk of each machine
+        mine = {"identity": self.identity, "config": config, "precision": self.precision}
+        of_rank_0 = self.world.broadcast(mine)
+        with self.world.together():
+            fields = checkpoints.difference(of_rank_0, mine)
+            if fields:
+                names = ", ".join(field.partition(":")[0] for field in fields)
+                raise ValueError(
+                    f"processes {rank()} and 0 train different runs, they differ in {names}; start "
+                    "all with the same options and images"
+                )
+
+    def _resume(self) -> None:
+        """Go on from the newest checkpoint that rank 0 finds."""
+        with self.world.together():
+            checkpoint = newest_checkpoint(self.folder) if self.world.leads else None
+            if checkpoint is not None:
+                self._check_run(checkpoint)
+        found = self.world.broadcast(checkpoint and (checkpoint.step, checkpoint.state))
+        if found is None:
+            return
+        step, state = found
         self.engine.begin_stage(state.get("stage", 0))
-        load_parts(self.method, checkpoint)
-        wanted = self.engine.optimizer.state_dict()
-        checkpoints.check_parts(checkpoint.parts.get("optimizer", {}), wanted, "optimizer")
-        self.engine.optimizer.load_state_dict(checkpoint.parts["optimizer"])
-        self.done = self._saved_at = self.loader.start_step = checkpoint.step
+        wanted = self._parts()
+        with self.world.together():
+            if checkpoint is not None:
+                check_checkpoint(checkpoint, wanted)
+        for part, tensors in wanted.items():
+            self.world.load(tensors, checkpoint and checkpoint.parts[part])
+        self.done = self._saved_at = self.loader.start_step = step
         self.skipped = state["skipped_steps"]
         self._bad_in_a_row = state["bad_in_a_row"]
         self._window = Window(**state["log_window"])
@@ -162,6 +209,21 @@ class Trainer:
                 f"warning: the run was computed in {state['precision']} so far and goes on in "
                 f"{self.precision}"
             )
+
+    def _check_run(self, checkpoint: Checkpoint) -> None:
+        fields = checkpoints.difference(checkpoint.state.get("identity", {}), self.identity)
+        if fields:
+            raise CheckpointError(
+                f"{checkpoint.path} is of another run, they differ in\n  "
+                + "\n  ".join(fields)
+                + "\nto start another run pass --output.name or --resume never; to go on with "
+                f"this one pass --config {self.folder / 'config.yaml'}"
+            )
+
+    def _parts(self) -> dict[str, dict[str, Tensor]]:
+        """Every tensor that a checkpoint holds, shards where they are spread."""
+        parts = {name: network.state_dict() for name, network in networks(self.method).items()}
+        return {**parts, "optimizer": self.engine.optimizer.state_dict()}
 
     def _describe(self) -> str:
         student = self.method.student
@@ -180,9 +242,18 @@ class Trainer:
             f"{student.num_patches} patches, {self.engine.num_keep} visible\n"
             f"{self._describe_teacher()}\n"
             f"{total} steps of {recipe.batch_size} images ({recipe.epochs} epochs), "
-            f"lr {recipe.lr:.3g}, {self.precision} on {self.device}, threads: "
+            f"lr {recipe.lr:.3g}, {self.precision} on {self._describe_processes()}, threads: "
             f"{torch.get_num_threads()}, loading processes: {self.loader.workers or 'none'}\n"
             f"{self.folder}: {start}"
+        )
+
+    def _describe_processes(self) -> str:
+        if self.world.size == 1:
+            return str(self.device)
+        part = self.config.recipe.batch_size // self.world.size
+        return (
+            f"{self.device.type}, {self.world.size} processes ({self.world.parallel}) of {part} "
+            "images each"
         )
 
     def _describe_teacher(self) -> str:
@@ -208,70 +279,99 @@ class Trainer:
         """
         if self.config.efficiency.threads is not None:
             torch.set_num_threads(self.config.efficiency.threads)
-        total = self.engine.total_steps
-        with held(self.folder):
-            if self.done < total:
-                write_config(self.folder, self.config)
+        with contextlib.ExitStack() as stack:
+            with self.world.together():
+                log = self._open_folder(stack)
             say(self._describe())
-            log = RunLog(
-                Metrics(self.folder / "metrics.jsonl", self.done),
-                self._window,
-                device=self.device,
-                first_step=self.done,
-                total_steps=total,
-                steps_per_epoch=self.engine.steps_per_epoch,
-                batch_size=self.config.recipe.batch_size,
-                log_every=self.config.output.log_every,
-            )
             try:
-                with collected_signals() as received, self.loader:
+                with collected_signals(once=self.world.size == 1) as received, self.loader:
                     self._train(log, received)
                     saved = self._saved_at == self.done or self._try_save(log)
             finally:
                 log.close()
             if self._bad_images:
                 say(f"{len(self._bad_images)} images could not be read; others took their place")
-            if self.done >= total:
-                self._write_pictures()
+            if self.done >= self.engine.total_steps:
+                self._gather_networks()
+                if self.world.leads:
+                    self._write_pictures()
         caught = received[0] if received else None
-        return Outcome(self.folder, self.done, self.done >= total, caught, saved)
+        return Outcome(self.folder, self.done, self.done >= self.engine.total_steps, caught, saved)
+
+    def _open_folder(self, stack: contextlib.ExitStack) -> RunLog:
+        """Hold the run's folder until the stack is left, and begin its log; rank 0 alone writes."""
+        total = self.engine.total_steps
+        if self.world.leads:
+            stack.enter_context(held(self.folder))
+            if self.done < total:
+                write_config(self.folder, self.config)
+        return RunLog(
+            Metrics(self.folder / "metrics.jsonl" if self.world.leads else None, self.done),
+            self._window,
+            device=self.device,
+            first_step=self.done,
+            total_steps=total,
+            steps_per_epoch=self.engine.steps_per_epoch,
+            batch_size=self.config.recipe.batch_size,
+            log_every=self.config.output.log_every,
+        )
 
     def _train(self, log: RunLog, received: list[signal.Signals]) -> None:
         """Steps until the end or a signal."""
         stop = min(self.engine.total_steps, self.config.stop_after or math.inf)
         stage, stages = self.engine.stage, self.config.recipe.stages
-        last_save = time.perf_counter()
+        self._last_save = time.perf_counter()
         stream = iter(self.loader)
-        if not self._is_evaluated():
+        if not self.world.broadcast(self._is_evaluated()):
             self._evaluate(log)
-        while self.done < stop and not received:
+        ends = False
+        while self.done < stop and not ends:
             begin, waited = time.perf_counter(), self.loader.wait_seconds
             taught = self.engine.teacher_seconds
-            batches = self._micro_batches(stream)
-            result = self.engine.run_step(self.done, batches, self.loader.micro_steps)
+            result = self.engine.run_step(
+                self.done,
+                self._micro_batches(stream),
+                self.loader.micro_steps,
+                lambda: Votes(bool(received), self._is_late(), bool(self._untold)),
+            )
             if self.engine.stage != stage:
                 stage = self.engine.stage
                 say(f"stage {stage + 1} of {len(stages)}: {self._describe_teacher()}")
             self.done += 1
-            self._guard(log, result)
+            self._guard(result)
+            if result.votes.tell:
+                self._share_bad_images()
             waited = self.loader.wait_seconds - waited
             taught = self.engine.teacher_seconds - taught
             log.step(self.done, result, time.perf_counter() - begin, waited, taught)
-            if received:
+            ends = result.votes.stop or self._ends(received)
+            if ends:
                 break  # a due evaluation is made up for at the resumption
             self._evaluate(log)
-            if self._save_is_due(last_save):
+            if result.votes.save or self._save_is_due():
                 self._try_save(log)
-                last_save = time.perf_counter()
+            ends = self._ends(received)
+
+    def _ends(self, received: list[signal.Signals]) -> bool:
+        """Whether a signal ends the run before another step; several processes vote in one."""
+        return self.world.size == 1 and bool(received)
 
     def _micro_batches(self, stream: Iterator[Batch]) -> Iterator[Batch]:
-        """Those of one step, one at a time; keeps in mind which samples they hold."""
-        self._sample_ids.clear()
+        """Those of one step, one at a time; keeps in mind which images were bad."""
         for batch in islice(stream, self.loader.micro_steps):
-            self._sample_ids.append(batch.sample_ids)
+            if self.world.size > 1:
+                self._untold += batch.bad
             yield batch
 
-    def _guard(self, log: RunLog, result: StepResult) -> None:
+    def _share_bad_images(self) -> None:
+        """Count the bad images that any process met: all stop at the same number."""
+        everyones = self.world.gather(self._untold)
+        self._untold = []
+        with self.world.together():
+            for bad in everyones:
+                self.loader.count_bad(bad)
+
+    def _guard(self, result: StepResult) -> None:
         """Count skipped steps; stop, with a report, when they follow one another."""
         if not result.skipped:
             self._bad_in_a_row = 0
@@ -282,9 +382,12 @@ class Trainer:
             f"warning: step {self.done}: loss {result.losses['loss']}, gradient norm "
             f"{result.grad_norm}: skipped, nothing was changed ({self.skipped} skipped so far)"
         )
-        if self._bad_in_a_row < self.config.max_bad_steps:
-            return
-        ids = torch.cat(self._sample_ids).tolist()
+        if self._bad_in_a_row >= self.config.max_bad_steps:
+            with self.world.together():
+                self._give_up(result)
+
+    def _give_up(self, result: StepResult) -> None:
+        _, ids = self.loader.sampler.indices(self.done - 1)
         report = self.folder / "nonfinite.json"
         content = {
             "step": self.done,
@@ -293,10 +396,11 @@ class Trainer:
             "lr": result.lr,
             "precision": self.precision,
             "seed": self.config.recipe.seed,
-            "sample_ids": ids,
-            "images": [self.source.name(i) for i in ids],
+            "sample_ids": ids.tolist(),
+            "images": [self.source.name(i) for i in ids.tolist()],
         }
-        report.write_text(json.dumps(content, indent=1))
+        if self.world.leads:
+            report.write_text(json.dumps(content, indent=1))
         raise NonFiniteError(
             f"stopped after {self._bad_in_a_row} steps in a row with a loss or gradient that is "
             "not finite. Parameters, teacher and optimizer were left as before the first of them; "
@@ -305,33 +409,48 @@ class Trainer:
         )
 
     def _evaluate(self, log: RunLog) -> None:
-        """Measure kNN accuracy, if it is due after this step."""
+        """Measure kNN accuracy, if it is due after this step; rank 0 does, the others wait."""
         every = self.config.eval.knn_every
         epoch, rest = divmod(self.done, self.engine.steps_per_epoch)
         if not every or not epoch or rest or epoch % every:
             return
-        accuracy = self.evaluation.accuracy(self.method.best_encoder())
-        log.metrics.write(self.done, {"epoch": epoch, "knn_accuracy": accuracy})
-        say(f"epoch {epoch}: kNN accuracy {100 * accuracy:.2f} %")
+        encoder = self.world.whole(self.method.best_encoder())
+        with self.world.together():
+            if self.world.leads:
+                accuracy = self.evaluation.accuracy(encoder)
+                log.metrics.write(self.done, {"epoch": epoch, "knn_accuracy": accuracy})
+                say(f"epoch {epoch}: kNN accuracy {100 * accuracy:.2f} %")
 
     def _is_evaluated(self) -> bool:
         lines = read_metrics(self.folder / "metrics.jsonl")
         return any(line["step"] == self.done and "knn_accuracy" in line for line in lines)
 
-    def _save_is_due(self, last_save: float) -> bool:
+    def _is_late(self) -> bool:
+        """Whether the last checkpoint is older than it may be, by this process's clock."""
+        minutes = (time.perf_counter() - self._last_save) / 60
+        limit = self.config.output.checkpoint_minutes
+        return bool(limit) and minutes >= limit
+
+    def _save_is_due(self) -> bool:
+        """Whether a checkpoint belongs after this step, whatever the time."""
         output, recipe = self.config.output, self.config.recipe
         epoch, rest = divmod(self.done, self.engine.steps_per_epoch)
         if not rest and any(epoch == end for _, end in recipe.stages[:-1]):
             return True  # of a stage: the next step replaces the networks
-        if output.checkpoint_every and self.done % output.checkpoint_every == 0:
-            return True
-        minutes = (time.perf_counter() - last_save) / 60
-        return bool(output.checkpoint_minutes) and minutes >= output.checkpoint_minutes
+        return bool(output.checkpoint_every) and self.done % output.checkpoint_every == 0
 
     def _try_save(self, log: RunLog) -> bool:
         """Save; a failure is told, not raised: the older checkpoints are still there."""
-        parts = {name: network.state_dict() for name, network in networks(self.method).items()}
-        parts["optimizer"] = self.engine.optimizer.state_dict()
+        parts = {name: self.world.full(tensors) for name, tensors in self._parts().items()}
+        with self.world.together():
+            saved = not self.world.leads or self._write_checkpoint(parts, log)
+        saved = self.world.broadcast(saved)
+        self._last_save = time.perf_counter()
+        if saved:
+            self._saved_at = self.done
+        return saved
+
+    def _write_checkpoint(self, parts: dict[str, dict[str, Tensor]], log: RunLog) -> bool:
         state = {
             "identity": self.identity,
             "stage": self.engine.stage,
@@ -347,8 +466,13 @@ class Trainer:
         except CheckpointWriteError as error:
             say(f"warning: checkpoint of step {self.done} not written: {error}")
             return False
-        self._saved_at = self.done
         return True
+
+    def _gather_networks(self) -> None:
+        """Give rank 0 plain networks, for whatever follows the training."""
+        self.method.student = self.world.whole(self.method.student)
+        if self.method.teacher is not None:
+            self.method.teacher.module = self.world.whole(self.method.teacher.module)
 
     def _write_pictures(self) -> None:
         """loss.png and reconstruction.png; what goes wrong is told, the run is done."""
@@ -374,12 +498,3 @@ class Trainer:
         if name not in self._bad_images:
             say(f"warning: image skipped: {name}: {reason}")
         self._bad_images.add(name)
-
-
-def _refuse_many_processes() -> None:
-    world = os.environ.get("WORLD_SIZE", "1")
-    if world != "1":
-        raise ValueError(
-            f"pretrain: started as one of several processes (WORLD_SIZE is {world}), but it trains "
-            "in one process; start it without torchrun"
-        )
