@@ -217,17 +217,20 @@ class Data:
 
 @dataclass(frozen=True)
 class Evaluation:
-    """kNN accuracy of the features, the sign that pre-training works. Needs labels.
+    """How good the features are, the sign that pre-training works. Needs labels.
 
     Args:
         knn_every: Epochs between evaluations during the run; 0: none.
         knn_at_end: Compare teacher, student, the untrained network and raw pixels when the run
             ends, if there are labels.
-        bank: Labelled images to search in. Default: the training images.
-        queries: Labelled images to classify. Default: every bank image against all others.
+        bank: Labelled images to search in, or to train a classifier on. Default: the training
+            images.
+        queries: Labelled images to classify. Default: by kNN every bank image against all others,
+            by a classifier a fifth of the bank that it is not trained on.
         limit: Images of the bank used at most; 0: all.
         k: Neighbours.
         temperature: Of the votes.
+        pool: Feature of an image: mean of its patch tokens, or the cls token.
         crop_ratio: Crop size divided by the size to which the short side is resized.
     """
 
@@ -238,6 +241,7 @@ class Evaluation:
     limit: int = 10000
     k: int = 20
     temperature: float = 0.07
+    pool: Literal["mean", "cls"] = "mean"
     crop_ratio: float = 1.0
 
     def __post_init__(self) -> None:
