@@ -166,3 +166,56 @@ def test_student_that_predicts_something_else_is_refused(name, target):
         METHODS[name](create_model("nano"))
     with pytest.raises(ValueError, match=f"predicts {target} of a teacher, not pixels"):
         create_model("nano", target=target)(torch.randn(2, 3, 16, 16))
+
+
+def published(path, method=None, **options):
+    """A file of the authors, of an encoder of another width, depth and patch size."""
+    sizes = dict(embed_dim=64, depth=2, patch_size=8, num_heads=2, img_size=40, in_chans=1)
+    network = create_model("nano", **{**sizes, **options})
+    torch.nn.init.normal_(network.blocks[1].mlp.fc2.bias)
+    if method == "rc_mae":
+        other = {name: torch.zeros_like(t) for name, t in network.state_dict().items()}
+        torch.save({"student": other, "teacher": network.state_dict()}, path)
+    else:
+        torch.save({"model": network.state_dict()}, path)
+    return network
+
+
+@pytest.mark.parametrize(("method", "options"), [
+    ("mae", {}), ("rc_mae", {}), ("dbot", dict(target="tokens")), ("sdae", dict(target="features")),
+])  # fmt: skip
+def test_a_file_of_the_authors_teaches(tmp_path, method, options):
+    network = published(tmp_path / "a.pth", method, **options)
+    teacher = load_teacher(tmp_path / "a.pth", of_digits())
+    imgs = torch.randn(2, 1, 32, 32)
+    expected = network.fresh_encoder(img_size=32)
+    state = {n: network.state_dict()[n] for n in expected.state_dict()}
+    state["pos_embed"] = resize_pos_embed(network.pos_embed, (5, 5), (4, 4))
+    expected.load_state_dict(state)
+    accuracy.exact(teacher(imgs, of_digits()), expected.encode_image(imgs, final_norm=False))
+
+
+def test_stages_with_a_file_resume_exactly_and_notice_another_file(tmp_path):
+    path = tmp_path / "a.pth"
+    published(path)
+    chosen = recipe(epochs=2, warmup_epochs=0, stage_epochs=(0, 1, 2), teachers=("own", str(path)))
+    run = partial(pretrain, method="dbot", recipe=chosen)
+    Trainer(run(tmp_path / "a")).run()
+    for stop in (5, 9, None):
+        trainer = Trainer(run(tmp_path / "b", stop_after=stop))
+        trainer.run()
+    assert trainer.method.student.head.out_features == 64
+    assert_same_run(tmp_path / "b" / "run", tmp_path / "a" / "run")
+    published(path)  # other random weights
+    with pytest.raises(CheckpointError, match=r"differ in\n  teachers"):
+        Trainer(run(tmp_path / "b"))
+
+
+def test_a_file_that_cannot_teach_is_refused(tmp_path):
+    published(tmp_path / "a.pth", embed_dim=80)  # no model of this width tells its heads
+    with pytest.raises(CheckpointError, match="does not tell the heads; name its model in"):
+        load_teacher(tmp_path / "a.pth", of_digits())
+    (tmp_path / "b.pth").write_bytes(b"no checkpoint")
+    chosen = recipe(teachers=(str(tmp_path / "b.pth"),))
+    with pytest.raises(CheckpointError, match=r"b\.pth: refused, nothing in it was run"):
+        Trainer(pretrain(tmp_path, method="dbot", recipe=chosen))

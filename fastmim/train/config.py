@@ -58,8 +58,9 @@ class Recipe:
             as the released code does (dBOT).
         teacher_depth: Blocks of the first, random teacher; none: those of the model (dBOT).
         teachers: Teacher of each stage: own (random at first, then the student of the stage
-            before), or the folder of a run or checkpoint of fastmim. Stages that are not named
-            have their own (dBOT).
+            before), the folder of a run or checkpoint of fastmim, or a file of the authors, timm
+            or Hugging Face as fastmim convert reads it. Stages that are not named have their own
+            (dBOT).
         projection: Give the student's head the width of each teacher, so that teachers of another
             width can be used (dBOT).
         seed: Of initial weights, order, crops and masks.
