@@ -1,6 +1,7 @@
 """dBOT's teachers of other sizes and from elsewhere."""
 
 from functools import partial
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -147,8 +148,78 @@ def test_teacher_sees_images_normalised_as_the_students():
 def test_teacher_with_other_patches_is_refused_with_the_remedy():
     with pytest.raises(ValueError, match=r"expected features \(B, 16 or 17, D\).*give img_size"):
         DBOT(student(), teachers=[FrozenTeacher(Convolutions(32, 8, True), tokens_of)])
-    with pytest.raises(ValueError, match="Convolutions is no encoder of fastmim; give features"):
-        FrozenTeacher(Convolutions(32, 8, True))
+
+
+class Returns(nn.Module):
+    """Gives what it is told to, as ViTs of other libraries do."""
+
+    def __init__(self, output, **attributes) -> None:
+        super().__init__()
+        self.output = output
+        for name, value in attributes.items():
+            setattr(self, name, value)
+
+    def forward(self, imgs):
+        return self.output
+
+
+class TimmLike(Returns):
+    forward_features = Returns.forward
+
+    def forward(self, imgs):
+        raise AssertionError("the head is not asked")
+
+
+TOKENS = torch.arange(2 * 20 * 32.0).reshape(2, 20, 32)  # cls, 3 others, 16 patches
+WITHOUT = torch.cat([TOKENS[:, :1], TOKENS[:, 4:]], dim=1)
+
+
+@pytest.mark.parametrize(("module", "expected"), [
+    (TimmLike(TOKENS, num_prefix_tokens=4), WITHOUT),
+    (TimmLike(WITHOUT, num_prefix_tokens=1), WITHOUT),
+    (TimmLike(TOKENS[:, 4:], num_prefix_tokens=0), TOKENS[:, 4:]),
+    (Returns(SimpleNamespace(last_hidden_state=WITHOUT), config=SimpleNamespace()), WITHOUT),
+    (Returns(SimpleNamespace(last_hidden_state=TOKENS),
+             config=SimpleNamespace(num_register_tokens=3)), WITHOUT),
+    (TimmLike({"x_norm_clstoken": TOKENS[:, 0], "x_norm_patchtokens": TOKENS[:, 4:]}), WITHOUT),
+])  # fmt: skip
+def test_vits_of_other_libraries_teach_as_they_are(module, expected):
+    method = DBOT(student(), teachers=[FrozenTeacher(module)])
+    accuracy.exact(method.teach(torch.randn(2, 3, 16, 16), None), expected)
+
+
+@pytest.mark.parametrize(
+    ("output", "got"),
+    [(torch.zeros(2, 32), r"\(2, 32\)"), ({"logits": 1}, "dict"), ((TOKENS,), "tuple")],
+)
+def test_a_module_that_gives_no_tokens_is_refused_with_the_remedy(output, got):
+    with pytest.raises(ValueError, match=f"Returns gives {got}, expected tokens .* give features"):
+        DBOT(student(), teachers=[FrozenTeacher(Returns(output))])
+
+
+def test_a_vit_of_timm_teaches():
+    timm = pytest.importorskip("timm")
+    vit = timm.create_model(
+        "vit_tiny_patch16_224", img_size=64, depth=2, num_classes=10, reg_tokens=4
+    )
+    method = DBOT(student(), teachers=[FrozenTeacher(vit, img_size=(64, 64))])
+    imgs = torch.randint(0, 256, (2, 3, 16, 16), dtype=torch.uint8)
+    loss = method(imgs).total
+    loss.backward()
+    assert loss.isfinite()
+    assert method.teach(imgs, None).shape == (2, 17, 192)
+
+
+@pytest.mark.parametrize("name", ["CLIPVision", "Dinov2", "Dinov2WithRegisters"])
+def test_a_vit_of_transformers_teaches(name):
+    transformers = pytest.importorskip("transformers")
+    config = getattr(transformers, f"{name}Config")(
+        hidden_size=48, num_hidden_layers=1, num_attention_heads=2, intermediate_size=64,
+        image_size=64, patch_size=16,
+    )  # fmt: skip
+    vit = getattr(transformers, f"{name}Model")(config)
+    method = DBOT(student(), teachers=[FrozenTeacher(vit, img_size=(64, 64))])
+    assert method.teach(torch.randn(2, 3, 16, 16), None).shape == (2, 17, 48)
 
 
 def test_teacher_that_is_not_there_or_has_other_channels_is_refused(tmp_path):
