@@ -6,7 +6,6 @@ import re
 import signal
 import sys
 from collections.abc import Sequence
-from dataclasses import replace
 from pathlib import Path
 from typing import Literal, NamedTuple
 
@@ -25,7 +24,7 @@ from fastmim.data import TooManyBadImages, open_source
 from fastmim.info import print_report
 from fastmim.interop import convert
 from fastmim.models import did_you_mean
-from fastmim.train.build import restore_run
+from fastmim.train.build import published_encoders, restore_run
 from fastmim.train.checkpoint import CheckpointError
 from fastmim.train.config import Evaluation, Pretrain
 from fastmim.train.evaluation import (
@@ -33,6 +32,7 @@ from fastmim.train.evaluation import (
     KNNEvaluation,
     LinearEvaluation,
     compare,
+    encoders_of,
 )
 from fastmim.train.folder import CHECKPOINTS
 from fastmim.train.log import say
@@ -172,7 +172,12 @@ def _parser(preset: str) -> ArgumentParser:
             f"{what}.\nOptions that are not given are those of the run.",
             f"{name} RUN [options]",
         )
-        of_features.add_argument("run", type=str, help="Folder of a run, or of one checkpoint.")
+        of_features.add_argument(
+            "run",
+            type=str,
+            help="Folder of a run, or of one checkpoint; or a file of the authors, timm or "
+            "convert, with --eval.bank.",
+        )
         of_features.add_class_arguments(Evaluation, "eval", skip={*_DURING, *skipped})
         commands.add_subcommand(name, of_features, help=what)
 
@@ -309,27 +314,38 @@ def _report(config: Pretrain, trainer: Trainer, outcome: Outcome) -> None:
     if config.eval.knn_at_end and evaluation.obstacle:
         say(f"no kNN accuracy: {evaluation.obstacle}")
     elif config.eval.knn_at_end:
-        _print_accuracies(evaluation, compare(evaluation, trainer.method, trainer.identity))
+        encoders = encoders_of(trainer.method, trainer.identity)
+        _print_accuracies(evaluation, compare(evaluation, encoders))
     files = sorted(path.name for path in outcome.folder.iterdir() if path.name[0] != ".")
     say(f"{outcome.folder} holds {', '.join(files)}")
 
 
 def _evaluate(call: _Call) -> int:
-    command = call.argv[0]
-    checkpoint, method = restore_run(call.options.run)
-    chosen = call.parser.parse_args(call.argv, defaults=False)[command].get("eval", {})
-    ran = checkpoint.state["config"]
-    config = Evaluation(**{**ran["eval"], "knn_every": 0, **dict(chosen)})
-    embed = method.student.patch_embed
+    command, path = call.argv[0], call.options.run
+    chosen = dict(call.parser.parse_args(call.argv, defaults=False)[command].get("eval", {}))
+    if Path(path).is_file():
+        if chosen.get("bank") is None:
+            raise ValueError(
+                f"{command}: {path} names no images; pass labelled ones by --eval.bank"
+            )
+        source = open_source(chosen["bank"])
+        encoders = published_encoders(path, source)
+    else:
+        checkpoint, method = restore_run(path)
+        ran = checkpoint.state["config"]
+        chosen = {**ran["eval"], "knn_every": 0, **chosen}
+        source = open_source(chosen["bank"] or ran["data"]["path"])
+        encoders = encoders_of(method, checkpoint.state["identity"])
+    embed = next(iter(encoders.values())).patch_embed
     evaluation = _EVALUATIONS[command][0](
-        replace(config, bank=None),
-        open_source(config.bank or ran["data"]["path"]),
+        Evaluation(**{**chosen, "bank": None}),
+        source,
         image_size=embed.img_size,
         channels=embed.in_chans,
     )
     if evaluation.obstacle:
         raise ValueError(f"{command}: {evaluation.obstacle}")
-    _print_accuracies(evaluation, compare(evaluation, method, checkpoint.state["identity"]))
+    _print_accuracies(evaluation, compare(evaluation, encoders))
     return 0
 
 

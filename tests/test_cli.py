@@ -325,6 +325,26 @@ def test_linear_probes_every_network_of_a_run(finished, capsys):
     assert "trained on 500 images, tested on 1797" in capsys.readouterr().out
 
 
+@pytest.mark.parametrize("command", ["knn", "linear"])
+def test_published_files_are_evaluated(tmp_path, finished, capsys, command):
+    assert main([command, str(finished), "--eval.limit=300"]) == 0
+    of_run = capsys.readouterr().out
+    assert main(["convert", str(finished), f"--out={tmp_path / 'rc.pth'}", "--to=authors"]) == 0
+    capsys.readouterr()
+    options = ["--eval.bank=digits", "--eval.limit=300", "--eval.crop_ratio=0.5", "--eval.k=7"]
+    options = options[: 4 if command == "knn" else 3]
+    assert main([command, str(tmp_path / "rc.pth"), *options]) == 0
+    of_file = capsys.readouterr().out
+    trained = [line for line in of_run.splitlines() if "untrained" not in line]
+    assert [line for line in of_file.splitlines() if "untrained" not in line] == trained
+    assert "untrained network" in of_file
+    assert main([command, str(tmp_path / "rc.pth")]) == 2
+    assert "names no images; pass labelled ones by --eval.bank" in last_error(capsys)
+    write_images(tmp_path / "photos", 2)
+    assert main([command, str(tmp_path / "rc.pth"), f"--eval.bank={tmp_path / 'photos'}"]) == 2
+    assert "have 3 channels, the network takes 1" in last_error(capsys)
+
+
 def test_linear_needs_labels_of_two_classes(tmp_path, capsys):
     write_images(tmp_path / "photos", 8)
     assert run(tmp_path, f"--data.path={tmp_path / 'photos'}") == 0

@@ -6,7 +6,7 @@ import hashlib
 import inspect
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -219,27 +219,55 @@ def _encoder_of_run(path: Path) -> _SavedEncoder:
 
 
 def _published_encoder(path: Path, student: Encoder) -> _SavedEncoder:
+    state, found, sizes = _published(path)
+    make = functools.partial(  # it normalises uint8 images as the student does
+        student.fresh_encoder, **sizes, memory="standard", residual_dtype=None
+    )
+    return _SavedEncoder(state, found.grid, found.sizes.patch_size, found.sizes.in_chans, make)
+
+
+def published_encoders(path: str | Path, source: Source) -> dict[str, Encoder]:
+    """Every network of a published file, without its decoder, and one with initial weights.
+
+    Args:
+        path: Of any layout that ``fastmim convert`` reads.
+        source: Tells how uint8 images are normalised.
+
+    Raises:
+        CheckpointError: If the file is damaged or unknown, or does not tell the sizes.
+    """
+    path, which, encoders = Path(path), [None], {}
+    while which:
+        state, found, sizes = _published(path, which.pop())
+        if source.channels == sizes["in_chans"]:
+            sizes |= dict(pixel_mean=source.mean, pixel_std=source.std)
+        encoder = Encoder(img_size=found.img_size, **sizes)
+        check_parts(state, encoder.state_dict(), str(path))
+        encoder.load_state_dict(state)
+        encoders[found.network] = encoder
+        which = [name for name in found.available if name not in encoders]
+    return {**encoders, "untrained network": encoder.fresh_encoder()}
+
+
+def _published(path: Path, which: str | None = None) -> tuple[dict[str, Tensor], Any, dict]:
+    """Tensors of an encoder, their description, and the arguments of :class:`Encoder`."""
     from fastmim.interop import load_weights  # it makes runs, so its modules import this one
 
-    state, found = load_weights(path, encoder_only=True)
+    state, found = load_weights(path, which=which, encoder_only=True)
     if found.grid is None or found.num_heads is None:
         raise CheckpointError(
             f"{path}: the file does not tell the {'heads' if found.grid else 'grid of patches'}; "
             "name its model in fastmim convert --model NAME --out X.safetensors, and take that file"
         )
-    sizes = found.sizes
-    make = functools.partial(
-        student.fresh_encoder,  # of other sizes; it normalises uint8 images as the student does
-        embed_dim=sizes.embed_dim,
-        depth=sizes.depth,
+    sizes = dict(
+        embed_dim=found.sizes.embed_dim,
+        depth=found.sizes.depth,
         num_heads=found.num_heads,
-        patch_size=sizes.patch_size,
-        in_chans=sizes.in_chans,
-        mlp_ratio=sizes.hidden / sizes.embed_dim,
-        memory="standard",
-        residual_dtype=None,
+        patch_size=found.sizes.patch_size,
+        in_chans=found.sizes.in_chans,
+        mlp_ratio=found.sizes.hidden / found.sizes.embed_dim,
     )
-    return _SavedEncoder(state, found.grid, sizes.patch_size, sizes.in_chans, make)
+    return state, found, sizes
 
 
 def teacher_identity(paths: tuple[str, ...]) -> list[str]:

@@ -179,18 +179,26 @@ def _labelled(source: Source) -> int:
     return 0 if source.labels is None else int((source.labels >= 0).sum())
 
 
-def compare(evaluation: FeatureEvaluation, method: Method, identity: dict) -> dict[str, float]:
-    """Accuracy of teacher, student, the same network before training, and raw pixels.
+def encoders_of(method: Method, identity: dict) -> dict[str, Encoder]:
+    """Teacher, student, and the same network before training.
 
     Args:
-        evaluation: Of what images, and how.
         method: Trained.
         identity: Of its run, from which the untrained network is built.
     """
     named = reversed(networks(method).items())
     encoders = {name: network for name, network in named if isinstance(network, Encoder)}
     device = method.student.patch_embed.proj.weight.device
-    encoders["untrained network"] = untrained_network(identity).to(device)
+    return {**encoders, "untrained network": untrained_network(identity).to(device)}
+
+
+def compare(evaluation: FeatureEvaluation, encoders: dict[str, Encoder]) -> dict[str, float]:
+    """Accuracy of networks by name, and of raw pixels.
+
+    Args:
+        evaluation: Of what images, and how.
+        encoders: From :func:`encoders_of` or :func:`fastmim.train.build.published_encoders`.
+    """
     height, width = evaluation.pixel_size
     return {
         **{name: evaluation.accuracy(encoder) for name, encoder in encoders.items()},
