@@ -12,7 +12,7 @@ import yaml
 from safetensors.torch import load_file, save_file
 
 from fastmim import create_model
-from fastmim.compat import models_mae, models_rc
+from fastmim.compat import models_dbot, models_mae, models_rc, models_sdae
 from fastmim.interop import convert, load_into, load_weights
 from fastmim.interop.hf import to_hf
 from fastmim.interop.names import AUTOENCODER, DBOT, SDAE, Sizes, published_shapes
@@ -220,19 +220,30 @@ def test_what_went_in_comes_back_bitwise(tmp_path, name, through):
 
 
 @recorded
-@pytest.mark.parametrize(
-    ("name", "module", "keys"),
-    [
-        ("mae/checkpoint-0", models_mae, ["model"]),
-        ("rc_mae/checkpoint-0", models_rc, ["teacher", "student_without_ddp"]),
-    ],
-)
-def test_what_comes_back_loads_strict_in_the_authors_classes(tmp_path, name, module, keys):
-    convert(CHECKPOINTS / f"{name}.pth", tmp_path / "weights", which=None)
-    convert(tmp_path / "weights", tmp_path / "back.pth", to="authors")
-    for key in keys:
-        model = module.MaskedAutoencoderViT(**TINY)
-        model.load_state_dict(load_pth(tmp_path / "back.pth")[key], strict=True)
+@pytest.mark.parametrize(("name", "module", "student", "teacher"), [
+    ("mae/checkpoint-0", models_mae, "model", None),
+    ("rc_mae/checkpoint-0", models_rc, "student_without_ddp", "teacher"),
+    ("dbot/checkpoint-last", models_dbot, "model", "checkpoint-teacher-last"),
+    ("dbot/checkpoint-8", models_dbot, "model", "checkpoint-teacher-8"),
+    ("sdae/checkpoint-0", models_sdae, "model", "model_teacher"),
+])  # fmt: skip
+def test_what_comes_back_loads_strict_in_the_authors_classes(
+    tmp_path, name, module, student, teacher
+):
+    convert(CHECKPOINTS / f"{name}.pth", tmp_path / "weights")
+    back = tmp_path / f"{Path(name).name}.pth"
+    convert(tmp_path / "weights", back, to="authors")
+    file, build = load_pth(back), module.MaskedAutoencoderViT
+    build(**TINY).load_state_dict(file[student], strict=True)
+    encoder = {key: size for key, size in TINY.items() if not key.startswith("decoder_")}
+    if module is models_rc:
+        build(**TINY, compute_loss=False).load_state_dict(file[teacher], strict=True)
+    elif module is models_dbot:
+        state = load_pth(tmp_path / f"{teacher}.pth")["model"]
+        depth = 0 if teacher.endswith("8") else 2
+        build(**{**encoder, "depth": depth}, decoder_depth=0).load_state_dict(state, strict=True)
+    elif module is models_sdae:
+        models_sdae.VisionTransformer(**encoder).load_state_dict(file[teacher], strict=True)
 
 
 @recorded

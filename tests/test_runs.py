@@ -3,11 +3,17 @@
 import pytest
 import torch
 
+from fastmim import create_model
+from fastmim.methods import METHODS as METHOD_CLASSES
+from fastmim.nn.layers import MEMORY_MODES
 from fastmim.ops import OPS, use_backend
 from fastmim.ops._registry import Op
+from fastmim.train import Engine
+from fastmim.train.build import build_method
 from tests import accuracy
 from tests.conftest import DEVICE
 from tests.test_train_engine import STEPS_PER_EPOCH, batches, engine, everything
+from tests.training import recipe
 
 STEPS = 32
 EPOCHS = STEPS // STEPS_PER_EPOCH
@@ -90,6 +96,31 @@ def test_compiled_run_is_the_reference_run(method, reference):
     torch.compiler.reset()
     compiled = losses_of(method, 8, compiler="inductor")
     accuracy.run(compiled, reference(method, 8), torch.float32)
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_modes_that_keep_less_learn_the_same_from_images_of_any_kind(method):
+    def losses(memory: str) -> list[float]:
+        torch.manual_seed(0)
+        network = create_model(
+            "nano_deep",
+            img_size=(16, 32),
+            in_chans=5,
+            memory=memory,
+            **METHOD_CLASSES[method].student_options(0.3),
+        )
+        chosen = recipe(batch_size=32, warmup_epochs=0, epochs=2, drop_path=0.3)
+        options = dict(precision="fp32", steps_per_epoch=4)
+        run = Engine(build_method(method, chosen, network), chosen, **options)
+        steps = [batches(step) for step in range(8)]
+        for (batch,) in steps:
+            batch.imgs = torch.randn(8, 5, 16, 32, generator=torch.Generator().manual_seed(1))
+        return [run.run_step(i, step).losses["loss"] for i, step in enumerate(steps)]
+
+    standard = losses("standard")
+    assert standard[-1] < standard[0]
+    for memory in MEMORY_MODES[1:]:
+        accuracy.run(losses(memory), standard, torch.float32)
 
 
 # Triton's attention takes 16 bits only.
