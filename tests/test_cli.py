@@ -416,7 +416,10 @@ def test_info_is_printed_for_people_and_machines(capsys):
     assert json.loads(capsys.readouterr().out)
 
 
-@pytest.mark.parametrize("argv", [[], ["--help"], ["pretrain", "--help"], ["knn", "--help"]])
+@pytest.mark.parametrize(
+    "argv",
+    [[], ["--help"], *([name, "--help"] for name in ("pretrain", "knn", "linear", "convert"))],
+)
 def test_help_is_complete(capsys, argv):
     with pytest.raises(SystemExit) as end:
         main(argv)
