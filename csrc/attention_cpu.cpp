@@ -1,8 +1,10 @@
 // Attention over packed qkv on the CPU, for sequences short enough that a head stays in cache.
 //
-// One task is one head of one image: its q, k and v are read once from (B, N, 3, H, D), all products
-// are made in cache, and the packed result or gradient is written once. The scores of a head, N * N
-// floats, are never written to memory; the backward pass makes them again from lse.
+// One task is one head of one image: its q, k and v are read from (B, N, 3, H, D) as they lie, all
+// products are made in cache, and the packed result or gradient is written once. The scores of a
+// head are made transposed, a row for each key: what the softmax does to a query is then done to a
+// vector of queries at once. They are never written to memory; the backward pass makes them again
+// from lse.
 #include "vector.h"
 
 #include <cmath>
@@ -11,7 +13,7 @@ namespace {
 
 using namespace fastmim;
 
-// Products of matrices of floats that lie in scratch memory, rows padded to whole vectors.
+// Products of matrices of floats.
 template <int W>
 struct Product {
   using V = Vector<W>;
@@ -43,67 +45,115 @@ struct Product {
   FASTMIM_INLINE static void panel(const float* a, int64_t a_row, int64_t a_depth, const float* b,
                                    int64_t b_row, int64_t rows, int64_t depth, float* c,
                                    int64_t c_row) {
-    constexpr int ROWS = VECTORS < 3 ? 12 : VECTORS == 3 ? 8 : 6;  // 12 to 24 sums in registers
+    // Sums, a row of b and a value of a fill the registers: 32 with AVX-512, else 16.
+    constexpr int ROWS = W < 16 ? 12 / VECTORS : VECTORS < 3 ? 12 : VECTORS == 3 ? 8 : 6;
+    constexpr int FEWER = std::min(ROWS / 2, 4);
     int64_t i = 0;
     for (; i + ROWS <= rows; i += ROWS)
       tile<ROWS, VECTORS>(a + i * a_row, a_row, a_depth, b, b_row, depth, c + i * c_row, c_row);
-    for (; i + 4 <= rows; i += 4)
-      tile<4, VECTORS>(a + i * a_row, a_row, a_depth, b, b_row, depth, c + i * c_row, c_row);
+    for (; i + FEWER <= rows; i += FEWER)
+      tile<FEWER, VECTORS>(a + i * a_row, a_row, a_depth, b, b_row, depth, c + i * c_row, c_row);
     for (; i < rows; ++i)
       tile<1, VECTORS>(a + i * a_row, a_row, a_depth, b, b_row, depth, c + i * c_row, c_row);
   }
 
-  // Row-major b and c of `columns` floats, a multiple of W.
+  // Rows of b and c hold `columns` floats, a multiple of W.
   FASTMIM_INLINE static void run(const float* a, int64_t a_row, int64_t a_depth, const float* b,
-                                 int64_t rows, int64_t depth, int64_t columns, float* c) {
+                                 int64_t b_row, int64_t rows, int64_t depth, int64_t columns,
+                                 float* c, int64_t c_row) {
+    constexpr int MOST = W < 16 ? 2 : 4;
     int64_t j = 0;
-    for (; j + 4 * W <= columns; j += 4 * W)
-      panel<4>(a, a_row, a_depth, b + j, columns, rows, depth, c + j, columns);
+    for (; j + MOST * W <= columns; j += MOST * W)
+      panel<MOST>(a, a_row, a_depth, b + j, b_row, rows, depth, c + j, c_row);
     const int64_t left = (columns - j) / W;
-    if (left == 3) panel<3>(a, a_row, a_depth, b + j, columns, rows, depth, c + j, columns);
-    if (left == 2) panel<2>(a, a_row, a_depth, b + j, columns, rows, depth, c + j, columns);
-    if (left == 1) panel<1>(a, a_row, a_depth, b + j, columns, rows, depth, c + j, columns);
+    if constexpr (MOST == 4) {
+      if (left == 3) panel<3>(a, a_row, a_depth, b + j, b_row, rows, depth, c + j, c_row);
+      if (left == 2) panel<2>(a, a_row, a_depth, b + j, b_row, rows, depth, c + j, c_row);
+    }
+    if (left == 1) panel<1>(a, a_row, a_depth, b + j, b_row, rows, depth, c + j, c_row);
   }
 };
+
+// Rows of floats in a matrix, `stride` apart.
+struct Rows {
+  float* first;
+  int64_t stride;
+};
+
+struct ConstRows {
+  const float* first;
+  int64_t stride;
+};
+
+// The `count` rows of a head as floats, behind them zeros to a whole vector: where they lie, or in
+// scratch memory.
+template <int W, typename T>
+FASTMIM_INLINE ConstRows read_rows(const T* from, int64_t stride, int64_t count, int64_t width,
+                                   float* scratch) {
+  const int64_t padded = Vector<W>::padded(width);
+  if constexpr (std::is_same_v<T, float>)
+    if (padded == width) return {from, stride};
+  for (int64_t n = 0; n < count; ++n) {
+    for (int64_t d = 0; d < width; ++d)
+      scratch[n * padded + d] = static_cast<float>(from[n * stride + d]);
+    for (int64_t d = width; d < padded; ++d) scratch[n * padded + d] = 0.0f;
+  }
+  return {scratch, padded};
+}
+
+// The same transposed and multiplied: (width, count), zeros behind the count.
+template <int W, typename T>
+FASTMIM_INLINE void read_columns(const T* from, int64_t stride, int64_t count, int64_t width,
+                                 float factor, float* to) {
+  const int64_t padded = Vector<W>::padded(count);
+  int64_t d = 0;
+  for (; d + 4 <= width; d += 4) {
+    float* const row = to + d * padded;
+    int64_t n = 0;
+    for (; n + 4 <= count; n += 4) {
+      typename Lanes<4>::Float block[4];
+      for (int i = 0; i < 4; ++i)
+        for (int j = 0; j < 4; ++j)
+          block[i][j] = static_cast<float>(from[(n + i) * stride + d + j]);
+      transpose(block);
+      for (int i = 0; i < 4; ++i) Vector<4>::store(row + i * padded + n, block[i] * factor);
+    }
+    for (; n < count; ++n)
+      for (int i = 0; i < 4; ++i)
+        row[i * padded + n] = static_cast<float>(from[n * stride + d + i]) * factor;
+  }
+  for (; d < width; ++d)
+    for (int64_t n = 0; n < count; ++n)
+      to[d * padded + n] = static_cast<float>(from[n * stride + d]) * factor;
+  for (d = 0; d < width; ++d)
+    for (int64_t n = count; n < padded; ++n) to[d * padded + n] = 0.0f;
+}
+
+// Where the rows of a result are made: where they are to lie, or in scratch memory.
+template <int W, typename T>
+FASTMIM_INLINE Rows begin_rows(T* to, int64_t stride, int64_t width, float* scratch) {
+  const int64_t padded = Vector<W>::padded(width);
+  if constexpr (std::is_same_v<T, float>)
+    if (padded == width) return {to, stride};
+  return {scratch, padded};
+}
+
+// Brings rows made in scratch memory to where they are to lie.
+template <typename T>
+FASTMIM_INLINE void finish_rows(const Rows& rows, int64_t count, int64_t width, T* to,
+                                int64_t stride) {
+  if constexpr (std::is_same_v<T, float>)
+    if (rows.first == to) return;
+  for (int64_t n = 0; n < count; ++n)
+    for (int64_t d = 0; d < width; ++d)
+      to[n * stride + d] = static_cast<T>(rows.first[n * rows.stride + d]);
+}
 
 struct Shape {
   int64_t images, tokens, heads, width;
 
-  int64_t padded_width() const { return Scratch::round(width); }
-  int64_t padded_tokens() const { return Scratch::round(tokens); }
   int64_t row(int64_t packed) const { return packed * heads * width; }
 };
-
-// Rows of a head to scratch memory: (tokens, padded width), zeros behind the width.
-template <typename T>
-FASTMIM_INLINE void read_rows(const T* from, int64_t stride, const Shape& shape, float factor,
-                              float* to) {
-  const int64_t padded = shape.padded_width();
-  for (int64_t n = 0; n < shape.tokens; ++n) {
-    for (int64_t d = 0; d < shape.width; ++d)
-      to[n * padded + d] = static_cast<float>(from[n * stride + d]) * factor;
-    for (int64_t d = shape.width; d < padded; ++d) to[n * padded + d] = 0.0f;
-  }
-}
-
-// The same transposed: (width, padded tokens), zeros behind the tokens.
-template <typename T>
-FASTMIM_INLINE void read_columns(const T* from, int64_t stride, const Shape& shape, float* to) {
-  const int64_t padded = shape.padded_tokens();
-  for (int64_t d = 0; d < shape.width; ++d) {
-    for (int64_t n = 0; n < shape.tokens; ++n)
-      to[d * padded + n] = static_cast<float>(from[n * stride + d]);
-    for (int64_t n = shape.tokens; n < padded; ++n) to[d * padded + n] = 0.0f;
-  }
-}
-
-template <typename T>
-FASTMIM_INLINE void write_rows(const float* from, const Shape& shape, float factor, T* to,
-                               int64_t stride) {
-  for (int64_t n = 0; n < shape.tokens; ++n)
-    for (int64_t d = 0; d < shape.width; ++d)
-      to[n * stride + d] = static_cast<T>(from[n * shape.padded_width() + d] * factor);
-}
 
 template <typename T>
 struct Forward {
@@ -116,7 +166,7 @@ struct Forward {
 
 template <typename T>
 struct Backward {
-  const T *grad, *qkv, *out;
+  const T *grad, *qkv;
   const float* lse;
   float scale;
   T* grad_qkv;
@@ -130,43 +180,58 @@ struct ForwardHeads {
   struct Kernel {
     static FASTMIM_INLINE void run(const Forward<T>& args, int64_t begin, int64_t end) {
       using V = Vector<W>;
-      using Float = typename V::Float;
       const Shape& s = args.shape;
-      const int64_t n = s.tokens, columns = s.padded_tokens(), width = s.padded_width();
-      Scratch scratch(3 * n * width + s.width * columns + n * columns);
-      float* const q = scratch.take(n * width);
-      float* const keys = scratch.take(s.width * columns);
-      float* const v = scratch.take(n * width);
-      float* const scores = scratch.take(n * columns);
-      float* const mixed = scratch.take(n * width);
+      const int64_t n = s.tokens, queries = V::padded(n), width = V::padded(s.width);
+      Scratch scratch(Scratch::round(s.width * queries) + Scratch::round(n * queries) +
+                      3 * Scratch::round(n * width) + Scratch::round(queries));
+      float* const q = scratch.take(s.width * queries);
+      float* const scores = scratch.take(n * queries);
+      float* const k_scratch = scratch.take(n * width);
+      float* const v_scratch = scratch.take(n * width);
+      float* const out_scratch = scratch.take(n * width);
+      float* const whole = scratch.take(queries);
       for (int64_t task = begin; task < end; ++task) {
         const int64_t image = task / s.heads, head = task % s.heads;
         const T* const qkv = args.qkv + image * n * s.row(3) + head * s.width;
-        read_rows(qkv, s.row(3), s, args.scale, q);
-        read_columns(qkv + s.row(1), s.row(3), s, keys);
-        read_rows(qkv + s.row(2), s.row(3), s, 1.0f, v);
-        Product<W>::run(q, width, 1, keys, n, s.width, columns, scores);
-        for (int64_t i = 0; i < n; ++i) {
-          float* const row = scores + i * columns;
-          for (int64_t j = n; j < columns; ++j) row[j] = -INFINITY;
-          Float top = V::load(row);
-          for (int64_t j = W; j < columns; j += W) top = V::max(V::load(row + j), top);
-          const float highest = V::largest(top);
-          Float total{};
-          for (int64_t j = 0; j < columns; j += W) {
-            const Float p = V::exp(V::load(row + j) - highest);
-            total += p;
-            V::store(row + j, p);
-          }
-          const float whole = V::sum(total), inverse = 1.0f / whole;
-          for (int64_t j = 0; j < columns; j += W) V::store(row + j, V::load(row + j) * inverse);
-          args.lse[task * n + i] = highest + std::log(whole);
+        read_columns<W>(qkv, s.row(3), n, s.width, args.scale, q);
+        const ConstRows k = read_rows<W>(qkv + s.row(1), s.row(3), n, s.width, k_scratch);
+        Product<W>::run(k.first, k.stride, 1, q, queries, n, s.width, queries, scores, queries);
+        float* const lse = args.lse + task * n;
+        for (int64_t i = 0; i < queries; i += W) {
+          const auto highest = softmax<W>(scores + i, n, queries, whole + i);
+          for (int64_t lane = 0; lane < std::min<int64_t>(W, n - i); ++lane)
+            lse[i + lane] = highest[lane] + std::log(whole[i + lane]);
         }
-        Product<W>::run(scores, columns, 1, v, n, n, width, mixed);
-        write_rows(mixed, s, 1.0f, args.out + (image * n * s.heads + head) * s.width, s.row(1));
+        const ConstRows v = read_rows<W>(qkv + s.row(2), s.row(3), n, s.width, v_scratch);
+        T* const to = args.out + (image * n * s.heads + head) * s.width;
+        const Rows out = begin_rows<W>(to, s.row(1), s.width, out_scratch);
+        Product<W>::run(scores, 1, queries, v.first, v.stride, n, n, width, out.first, out.stride);
+        finish_rows(out, n, s.width, to, s.row(1));
       }
     }
   };
+
+  // Scores of W queries, one column each, to probabilities. Writes the sums of their exponentials
+  // and returns the highest scores.
+  template <int W>
+  static FASTMIM_INLINE typename Vector<W>::Float softmax(float* scores, int64_t keys,
+                                                          int64_t stride, float* whole) {
+    using V = Vector<W>;
+    using Float = typename V::Float;
+    Float highest = V::load(scores);
+    for (int64_t j = 1; j < keys; ++j) highest = V::max(V::load(scores + j * stride), highest);
+    Float sum{};
+    for (int64_t j = 0; j < keys; ++j) {
+      const Float p = V::exp(V::load(scores + j * stride) - highest);
+      sum += p;
+      V::store(scores + j * stride, p);
+    }
+    V::store(whole, sum);
+    const Float inverse = 1.0f / sum;
+    for (int64_t j = 0; j < keys; ++j)
+      V::store(scores + j * stride, V::load(scores + j * stride) * inverse);
+    return highest;
+  }
 };
 
 template <typename T>
@@ -175,52 +240,73 @@ struct BackwardHeads {
   struct Kernel {
     static FASTMIM_INLINE void run(const Backward<T>& args, int64_t begin, int64_t end) {
       using V = Vector<W>;
-      using Float = typename V::Float;
       const Shape& s = args.shape;
-      const int64_t n = s.tokens, columns = s.padded_tokens(), width = s.padded_width();
-      Scratch scratch(4 * n * width + 2 * s.width * columns + 2 * n * columns);
-      float* const q = scratch.take(n * width);
-      float* const k = scratch.take(n * width);
-      float* const grad = scratch.take(n * width);
+      const int64_t n = s.tokens, queries = V::padded(n), width = V::padded(s.width);
+      Scratch scratch(2 * Scratch::round(s.width * queries) + 2 * Scratch::round(n * queries) +
+                      5 * Scratch::round(n * width) + Scratch::round(queries));
+      float* const q_columns = scratch.take(s.width * queries);
+      float* const grad_columns = scratch.take(s.width * queries);
+      float* const p = scratch.take(n * queries);
+      float* const grad_p = scratch.take(n * queries);
+      float* const q_scratch = scratch.take(n * width);
+      float* const k_scratch = scratch.take(n * width);
+      float* const v_scratch = scratch.take(n * width);
+      float* const grad_scratch = scratch.take(n * width);
       float* const result = scratch.take(n * width);
-      float* const keys = scratch.take(s.width * columns);
-      float* const values = scratch.take(s.width * columns);
-      float* const p = scratch.take(n * columns);
-      float* const grad_p = scratch.take(n * columns);
+      float* const lse = scratch.take(queries);
+      std::fill(lse + n, lse + queries, 0.0f);
       for (int64_t task = begin; task < end; ++task) {
         const int64_t image = task / s.heads, head = task % s.heads;
         const T* const qkv = args.qkv + image * n * s.row(3) + head * s.width;
-        const int64_t first = (image * n * s.heads + head) * s.width;
-        read_rows(qkv, s.row(3), s, args.scale, q);
-        read_rows(qkv + s.row(1), s.row(3), s, 1.0f, k);
-        read_columns(qkv + s.row(1), s.row(3), s, keys);
-        read_columns(qkv + s.row(2), s.row(3), s, values);
-        read_rows(args.grad + first, s.row(1), s, 1.0f, grad);
-        Product<W>::run(q, width, 1, keys, n, s.width, columns, p);
-        Product<W>::run(grad, width, 1, values, n, s.width, columns, grad_p);
-        for (int64_t i = 0; i < n; ++i) {
-          const T* const out = args.out + first + i * s.row(1);
-          float delta = 0.0f;
-          for (int64_t d = 0; d < s.width; ++d)
-            delta += grad[i * width + d] * static_cast<float>(out[d]);
-          const float lse = args.lse[task * n + i];
-          float *const row = p + i * columns, *const grad_row = grad_p + i * columns;
-          for (int64_t j = 0; j < columns; j += W) {
-            const Float probability = V::exp(V::load(row + j) - lse);
-            V::store(row + j, probability);
-            V::store(grad_row + j, probability * (V::load(grad_row + j) - delta));
-          }
-        }
+        const T* const grad_out = args.grad + (image * n * s.heads + head) * s.width;
+        const ConstRows q = read_rows<W>(qkv, s.row(3), n, s.width, q_scratch);
+        const ConstRows k = read_rows<W>(qkv + s.row(1), s.row(3), n, s.width, k_scratch);
+        const ConstRows v = read_rows<W>(qkv + s.row(2), s.row(3), n, s.width, v_scratch);
+        const ConstRows grad = read_rows<W>(grad_out, s.row(1), n, s.width, grad_scratch);
+        read_columns<W>(qkv, s.row(3), n, s.width, args.scale, q_columns);
+        read_columns<W>(grad_out, s.row(1), n, s.width, 1.0f, grad_columns);
+        Product<W>::run(k.first, k.stride, 1, q_columns, queries, n, s.width, queries, p, queries);
+        Product<W>::run(v.first, v.stride, 1, grad_columns, queries, n, s.width, queries, grad_p,
+                        queries);
+        std::copy(args.lse + task * n, args.lse + (task + 1) * n, lse);
+        for (int64_t i = 0; i < queries; i += W)
+          softmax<W>(p + i, grad_p + i, n, queries, V::load(lse + i), args.scale);
         T* const to = args.grad_qkv + image * n * s.row(3) + head * s.width;
-        Product<W>::run(grad_p, columns, 1, k, n, n, width, result);
-        write_rows(result, s, args.scale, to, s.row(3));
-        Product<W>::run(grad_p, 1, columns, q, n, n, width, result);
-        write_rows(result, s, 1.0f, to + s.row(1), s.row(3));
-        Product<W>::run(p, 1, columns, grad, n, n, width, result);
-        write_rows(result, s, 1.0f, to + s.row(2), s.row(3));
+        write<W>(s, grad_p, 1, queries, k, result, to);
+        write<W>(s, grad_p, queries, 1, q, result, to + s.row(1));
+        write<W>(s, p, queries, 1, grad, result, to + s.row(2));
       }
     }
   };
+
+  // a (tokens x tokens) b to a part of the packed gradient.
+  template <int W>
+  static FASTMIM_INLINE void write(const Shape& s, const float* a, int64_t a_row, int64_t a_depth,
+                                   const ConstRows& b, float* scratch, T* to) {
+    const Rows rows = begin_rows<W>(to, s.row(3), s.width, scratch);
+    Product<W>::run(a, a_row, a_depth, b.first, b.stride, s.tokens, s.tokens,
+                    Vector<W>::padded(s.width), rows.first, rows.stride);
+    finish_rows(rows, s.tokens, s.width, to, s.row(3));
+  }
+
+  // Scores and the probabilities' gradients of W queries, one column each, to probabilities and
+  // `scale` times the scores' gradients.
+  template <int W>
+  static FASTMIM_INLINE void softmax(float* scores, float* grads, int64_t keys, int64_t stride,
+                                     typename Vector<W>::Float lse, float scale) {
+    using V = Vector<W>;
+    using Float = typename V::Float;
+    Float delta{};
+    for (int64_t j = 0; j < keys; ++j) {
+      const Float p = V::exp(V::load(scores + j * stride) - lse);
+      delta += p * V::load(grads + j * stride);
+      V::store(scores + j * stride, p);
+    }
+    for (int64_t j = 0; j < keys; ++j) {
+      const Float p = V::load(scores + j * stride) * scale;
+      V::store(grads + j * stride, p * (V::load(grads + j * stride) - delta));
+    }
+  }
 };
 
 Shape check(const Checks& check, const Tensor& qkv) {
@@ -273,13 +359,12 @@ Tensor attention_backward_cpu(Tensor grad, Tensor qkv, Tensor out, Tensor lse, d
   checks.dtype("grad", grad.scalar_type(), grad.scalar_type() == qkv.scalar_type());
   checks.dtype("out", out.scalar_type(), out.scalar_type() == qkv.scalar_type());
   checks.dtype("lse", lse.scalar_type(), lse.scalar_type() == ScalarType::Float);
-  grad = packed(grad), qkv = packed(qkv), out = packed(out), lse = packed(lse);
+  grad = packed(grad), qkv = packed(qkv), lse = packed(lse);
   Tensor grad_qkv = torch::stable::empty_like(qkv);
   for_element(qkv.scalar_type(), [&](auto type) {
     using T = typename decltype(type)::type;
-    const Backward<T> args{data<T>(grad),  data<T>(qkv),
-                           data<T>(out),   data<float>(lse),
-                           static_cast<float>(scale), mutable_data<T>(grad_qkv), shape};
+    const Backward<T> args{data<T>(grad), data<T>(qkv), data<float>(lse), static_cast<float>(scale),
+                           mutable_data<T>(grad_qkv), shape};
     in_parallel(shape.images * shape.heads, shape.tokens * shape.tokens,
                 [&](int64_t begin, int64_t end) {
                   wide<BackwardHeads<T>::template Kernel>(args, begin, end);
