@@ -1,4 +1,4 @@
-"""The command line: ``fastmim pretrain | knn | visualize | convert | presets | info``."""
+"""The command line: ``fastmim pretrain | knn | linear | visualize | convert | presets | info``."""
 
 import argparse
 import difflib
@@ -7,7 +7,6 @@ import signal
 import sys
 from collections.abc import Sequence
 from contextlib import nullcontext
-from dataclasses import replace
 from pathlib import Path
 from typing import Literal, NamedTuple
 
@@ -26,11 +25,17 @@ from fastmim.data import TooManyBadImages, open_source
 from fastmim.info import print_report
 from fastmim.interop import convert
 from fastmim.models import did_you_mean
-from fastmim.train.build import restore_run
+from fastmim.train.build import published_encoders, restore_run
 from fastmim.train.checkpoint import CheckpointError
 from fastmim.train.config import Evaluation, Pretrain
 from fastmim.train.distributed import PeerError, process_group, rank, together
-from fastmim.train.evaluation import KNNEvaluation, compare
+from fastmim.train.evaluation import (
+    FeatureEvaluation,
+    KNNEvaluation,
+    LinearEvaluation,
+    compare,
+    encoders_of,
+)
 from fastmim.train.folder import CHECKPOINTS
 from fastmim.train.log import say
 from fastmim.train.pictures import write_reconstructions
@@ -65,6 +70,14 @@ examples:
   fastmim convert runs/mae --out mae.pth --to authors
   fastmim convert rc.safetensors --out vit --to hf --encoder-only --img-size 384
 """
+
+
+# Commands on a run's features, and the options of Evaluation that say nothing to them.
+_EVALUATIONS: dict[str, tuple[type[FeatureEvaluation], set[str]]] = {
+    "knn": (KNNEvaluation, set()),
+    "linear": (LinearEvaluation, {"k", "temperature"}),
+}
+_DURING = {"knn_every", "knn_at_end"}
 
 
 class _Call(NamedTuple):
@@ -171,13 +184,20 @@ def _parser(preset: str) -> ArgumentParser:
     commands.add_subcommand(
         "pretrain", _pretrain_parser(preset), help="pre-train a Vision Transformer"
     )
-    knn = _command(
-        "kNN accuracy of a run's features.\nOptions that are not given are those of the run.",
-        "knn RUN [options]",
-    )
-    knn.add_argument("run", type=str, help="Folder of a run, or of one checkpoint.")
-    knn.add_class_arguments(Evaluation, "eval", skip={"knn_every", "knn_at_end"})
-    commands.add_subcommand("knn", knn, help="kNN accuracy of a run's features")
+    for name, (evaluation, skipped) in _EVALUATIONS.items():
+        what = f"{evaluation.title} of a run's features"
+        of_features = _command(
+            f"{what}.\nOptions that are not given are those of the run.",
+            f"{name} RUN [options]",
+        )
+        of_features.add_argument(
+            "run",
+            type=str,
+            help="Folder of a run, or of one checkpoint; or a file of the authors, timm or "
+            "convert, with --eval.bank.",
+        )
+        of_features.add_class_arguments(Evaluation, "eval", skip={*_DURING, *skipped})
+        commands.add_subcommand(name, of_features, help=what)
 
     visualize = _command("Picture of what a run's networks reconstruct.", "visualize RUN [options]")
     visualize.add_argument("run", type=str, help="Folder of a run, or of one checkpoint.")
@@ -313,26 +333,38 @@ def _report(config: Pretrain, trainer: Trainer, outcome: Outcome) -> None:
     if config.eval.knn_at_end and evaluation.obstacle:
         say(f"no kNN accuracy: {evaluation.obstacle}")
     elif config.eval.knn_at_end:
-        _print_accuracies(evaluation, compare(evaluation, trainer.method, trainer.identity))
+        encoders = encoders_of(trainer.method, trainer.identity)
+        _print_accuracies(evaluation, compare(evaluation, encoders))
     files = sorted(path.name for path in outcome.folder.iterdir() if path.name[0] != ".")
     say(f"{outcome.folder} holds {', '.join(files)}")
 
 
-def _knn(call: _Call) -> int:
-    checkpoint, method = restore_run(call.options.run)
-    chosen = call.parser.parse_args(call.argv, defaults=False).knn.get("eval", {})
-    ran = checkpoint.state["config"]
-    config = Evaluation(**{**ran["eval"], "knn_every": 0, **dict(chosen)})
-    embed = method.student.patch_embed
-    evaluation = KNNEvaluation(
-        replace(config, bank=None),
-        open_source(config.bank or ran["data"]["path"]),
+def _evaluate(call: _Call) -> int:
+    command, path = call.argv[0], call.options.run
+    chosen = dict(call.parser.parse_args(call.argv, defaults=False)[command].get("eval", {}))
+    if Path(path).is_file():
+        if chosen.get("bank") is None:
+            raise ValueError(
+                f"{command}: {path} names no images; pass labelled ones by --eval.bank"
+            )
+        source = open_source(chosen["bank"])
+        encoders = published_encoders(path, source)
+    else:
+        checkpoint, method = restore_run(path)
+        ran = checkpoint.state["config"]
+        chosen = {**ran["eval"], "knn_every": 0, **chosen}
+        source = open_source(chosen["bank"] or ran["data"]["path"])
+        encoders = encoders_of(method, checkpoint.state["identity"])
+    embed = next(iter(encoders.values())).patch_embed
+    evaluation = _EVALUATIONS[command][0](
+        Evaluation(**{**chosen, "bank": None}),
+        source,
         image_size=embed.img_size,
         channels=embed.in_chans,
     )
     if evaluation.obstacle:
-        raise ValueError(f"knn: {evaluation.obstacle}")
-    _print_accuracies(evaluation, compare(evaluation, method, checkpoint.state["identity"]))
+        raise ValueError(f"{command}: {evaluation.obstacle}")
+    _print_accuracies(evaluation, compare(evaluation, encoders))
     return 0
 
 
@@ -394,7 +426,8 @@ def _info(call: _Call) -> int:
 
 _COMMANDS = {
     "pretrain": _pretrain,
-    "knn": _knn,
+    "knn": _evaluate,
+    "linear": _evaluate,
     "visualize": _visualize,
     "convert": _convert,
     "presets": _presets,
@@ -402,9 +435,9 @@ _COMMANDS = {
 }
 
 
-def _print_accuracies(evaluation: KNNEvaluation, accuracies: dict[str, float]) -> None:
+def _print_accuracies(evaluation: FeatureEvaluation, accuracies: dict[str, float]) -> None:
     """On standard output, as results are; progress and messages go to standard error."""
-    print(f"kNN accuracy ({evaluation.describe()}):")
+    print(f"{evaluation.title} ({evaluation.describe()}):")
     for name, accuracy in accuracies.items():
         print(f"  {name:24}{100 * accuracy:6.2f} %")
     sys.stdout.flush()

@@ -35,6 +35,15 @@ def last_error(capsys) -> str:
     return printed.err
 
 
+def write_parquet(path: Path, photos: Path, labels: list[int]) -> None:
+    """The images of a folder with their labels."""
+    pa = pytest.importorskip("pyarrow")
+    import pyarrow.parquet as pq
+
+    images = [{"bytes": photo.read_bytes()} for photo in sorted(photos.iterdir())]
+    pq.write_table(pa.table({"img": images, "label": labels}), path)
+
+
 @pytest.fixture(scope="module")
 def finished(tmp_path_factory) -> Path:
     """The folder of a finished run on the digits."""
@@ -130,6 +139,10 @@ def test_accuracy_without_labels_is_refused_if_asked_for(tmp_path, capsys):
     (["knn", "{run}", "--eval.bank={tmp}/photos"], "have 3 channels, the network takes 1"),
     (["knn", "{run}", "--eval.k=1797"], "there are 1796 labelled neighbours"),
     (["knn", "{run}", "--eval.kk=3"], "did you mean --eval.k?"),
+    (["knn", "{run}", "--eval.pool=max"], 'Parser key "eval.pool"'),
+    (["linear", "{tmp}"], "holds no checkpoint; expected the folder of a run"),
+    (["linear", "{run}", "--eval.k=3"], "unrecognized arguments: --eval.k"),
+    (["linear", "{run}", "--eval.bank={tmp}/photos"], "have 3 channels, the network takes 1"),
 ])  # fmt: skip
 def test_other_commands_refuse_bad_input(tmp_path, finished, capsys, argv, message):
     write_images(tmp_path / "photos", 2)
@@ -300,6 +313,49 @@ def test_knn_takes_the_options_of_the_run_unless_told(finished, capsys):
     assert "k = 7, 1797 images against 1797" in capsys.readouterr().out
 
 
+def test_linear_probes_every_network_of_a_run(finished, capsys):
+    assert main(["linear", str(finished)]) == 0
+    first = capsys.readouterr().out
+    assert "linear probe (trained on four fifths of 1797 images, tested on the others):" in first
+    for name in ("teacher", "student", "untrained network", "raw pixels, 16 x 16"):
+        assert f"  {name:24}" in first
+    assert main(["linear", str(finished), "--eval.pool=cls"]) == 0
+    assert capsys.readouterr().out != first
+    assert main(["linear", str(finished), "--eval.queries=digits", "--eval.limit=500"]) == 0
+    assert "trained on 500 images, tested on 1797" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("command", ["knn", "linear"])
+def test_published_files_are_evaluated(tmp_path, finished, capsys, command):
+    assert main([command, str(finished), "--eval.limit=300"]) == 0
+    of_run = capsys.readouterr().out
+    assert main(["convert", str(finished), f"--out={tmp_path / 'rc.pth'}", "--to=authors"]) == 0
+    capsys.readouterr()
+    options = ["--eval.bank=digits", "--eval.limit=300", "--eval.crop_ratio=0.5", "--eval.k=7"]
+    options = options[: 4 if command == "knn" else 3]
+    assert main([command, str(tmp_path / "rc.pth"), *options]) == 0
+    of_file = capsys.readouterr().out
+    trained = [line for line in of_run.splitlines() if "untrained" not in line]
+    assert [line for line in of_file.splitlines() if "untrained" not in line] == trained
+    assert "untrained network" in of_file
+    assert main([command, str(tmp_path / "rc.pth")]) == 2
+    assert "names no images; pass labelled ones by --eval.bank" in last_error(capsys)
+    write_images(tmp_path / "photos", 2)
+    assert main([command, str(tmp_path / "rc.pth"), f"--eval.bank={tmp_path / 'photos'}"]) == 2
+    assert "have 3 channels, the network takes 1" in last_error(capsys)
+
+
+def test_linear_needs_labels_of_two_classes(tmp_path, capsys):
+    write_images(tmp_path / "photos", 8)
+    assert run(tmp_path, f"--data.path={tmp_path / 'photos'}") == 0
+    capsys.readouterr()
+    assert main(["linear", str(tmp_path / "run")]) == 2
+    assert "linear: there are no labels in folder" in last_error(capsys)
+    write_parquet(tmp_path / "one.parquet", tmp_path / "photos", [3] * 8)
+    assert main(["linear", str(tmp_path / "run"), f"--eval.bank={tmp_path / 'one.parquet'}"]) == 2
+    assert "of one class; name other images" in last_error(capsys)
+
+
 def test_commands_take_a_single_checkpoint(tmp_path, finished, capsys):
     checkpoint = max((finished / "checkpoints").iterdir())
     assert main(["knn", str(checkpoint), "--eval.limit=100"]) == 0
@@ -323,12 +379,8 @@ def test_visualize_draws_other_masks_with_another_seed(tmp_path, finished):
 
 
 def test_colour_parquet(tmp_path, capsys):
-    pa = pytest.importorskip("pyarrow")
-    import pyarrow.parquet as pq
-
     write_images(tmp_path / "photos", 48)
-    images = [{"bytes": path.read_bytes()} for path in sorted((tmp_path / "photos").iterdir())]
-    pq.write_table(pa.table({"img": images, "label": [0, 1] * 24}), tmp_path / "set.parquet")
+    write_parquet(tmp_path / "set.parquet", tmp_path / "photos", [0, 1] * 24)
     data = f"--data.path={tmp_path / 'set.parquet'}"
     assert run(tmp_path, data, "--recipe.img_size=[8,16]", "--method=mae") == 0
     printed = capsys.readouterr()
@@ -364,7 +416,10 @@ def test_info_is_printed_for_people_and_machines(capsys):
     assert json.loads(capsys.readouterr().out)
 
 
-@pytest.mark.parametrize("argv", [[], ["--help"], ["pretrain", "--help"], ["knn", "--help"]])
+@pytest.mark.parametrize(
+    "argv",
+    [[], ["--help"], *([name, "--help"] for name in ("pretrain", "knn", "linear", "convert"))],
+)
 def test_help_is_complete(capsys, argv):
     with pytest.raises(SystemExit) as end:
         main(argv)

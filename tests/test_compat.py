@@ -2,6 +2,8 @@
 
 import copy
 import inspect
+import pickle
+import re
 from functools import partial
 
 import pytest
@@ -234,6 +236,17 @@ def test_factory_of_a_network_that_predicts_features(module, name, shape):
     )  # fmt: skip
     assert model.head.out_features == model.embed_dim
     assert {m.eps for m in model.modules() if isinstance(m, nn.LayerNorm)} == {1e-6}
+
+
+@pytest.mark.parametrize("module", MODULES)
+def test_factories_are_found_by_their_names(module):
+    """As ``getattr(module, args.model)`` and pickle find them."""
+    names = [name for name in vars(module) if re.match(r"(mae_|rc_)?vit_", name)]
+    assert len(names) >= 6
+    for name in names:
+        made = getattr(module, name)
+        assert pickle.loads(pickle.dumps(made)) is made
+        assert made.__name__ == name or made.__name__.startswith(f"{name}_dec")
 
 
 @pytest.mark.parametrize("name", ["small_patch16", "base_patch16", "large_patch16", "huge_patch14"])

@@ -3,6 +3,7 @@
 import argparse
 import json
 import os
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -11,16 +12,18 @@ import yaml
 from safetensors.torch import load_file, save_file
 
 from fastmim import create_model
-from fastmim.compat import models_mae, models_rc
+from fastmim.compat import models_dbot, models_mae, models_rc, models_sdae
 from fastmim.interop import convert, load_into, load_weights
 from fastmim.interop.hf import to_hf
 from fastmim.interop.names import AUTOENCODER, DBOT, SDAE, Sizes, published_shapes
 from fastmim.interop.optimizer import group_names
+from fastmim.interop.options import recipe_options, script_options
 from fastmim.interop.positions import resize_positions
 from fastmim.interop.read import read
+from fastmim.methods import METHODS
 from fastmim.models import MODELS
 from fastmim.ops import masks_from_shuffle
-from fastmim.train import Engine, Pretrain, Trainer
+from fastmim.train import Engine, Pretrain, Recipe, Trainer
 from fastmim.train.build import restore_run
 from fastmim.train.checkpoint import CheckpointError
 from fastmim.train.config import Data, Efficiency, Evaluation, Output, recipe_from_dict
@@ -217,19 +220,30 @@ def test_what_went_in_comes_back_bitwise(tmp_path, name, through):
 
 
 @recorded
-@pytest.mark.parametrize(
-    ("name", "module", "keys"),
-    [
-        ("mae/checkpoint-0", models_mae, ["model"]),
-        ("rc_mae/checkpoint-0", models_rc, ["teacher", "student_without_ddp"]),
-    ],
-)
-def test_what_comes_back_loads_strict_in_the_authors_classes(tmp_path, name, module, keys):
-    convert(CHECKPOINTS / f"{name}.pth", tmp_path / "weights", which=None)
-    convert(tmp_path / "weights", tmp_path / "back.pth", to="authors")
-    for key in keys:
-        model = module.MaskedAutoencoderViT(**TINY)
-        model.load_state_dict(load_pth(tmp_path / "back.pth")[key], strict=True)
+@pytest.mark.parametrize(("name", "module", "student", "teacher"), [
+    ("mae/checkpoint-0", models_mae, "model", None),
+    ("rc_mae/checkpoint-0", models_rc, "student_without_ddp", "teacher"),
+    ("dbot/checkpoint-last", models_dbot, "model", "checkpoint-teacher-last"),
+    ("dbot/checkpoint-8", models_dbot, "model", "checkpoint-teacher-8"),
+    ("sdae/checkpoint-0", models_sdae, "model", "model_teacher"),
+])  # fmt: skip
+def test_what_comes_back_loads_strict_in_the_authors_classes(
+    tmp_path, name, module, student, teacher
+):
+    convert(CHECKPOINTS / f"{name}.pth", tmp_path / "weights")
+    back = tmp_path / f"{Path(name).name}.pth"
+    convert(tmp_path / "weights", back, to="authors")
+    file, build = load_pth(back), module.MaskedAutoencoderViT
+    build(**TINY).load_state_dict(file[student], strict=True)
+    encoder = {key: size for key, size in TINY.items() if not key.startswith("decoder_")}
+    if module is models_rc:
+        build(**TINY, compute_loss=False).load_state_dict(file[teacher], strict=True)
+    elif module is models_dbot:
+        state = load_pth(tmp_path / f"{teacher}.pth")["model"]
+        depth = 0 if teacher.endswith("8") else 2
+        build(**{**encoder, "depth": depth}, decoder_depth=0).load_state_dict(state, strict=True)
+    elif module is models_sdae:
+        models_sdae.VisionTransformer(**encoder).load_state_dict(file[teacher], strict=True)
 
 
 @recorded
@@ -285,63 +299,143 @@ def test_the_next_step_of_an_official_run_is_the_recorded_one(tmp_path, name):
         accuracy.golden_weights(*(without_key_bias(key, weights) for weights in pair))
 
 
-@recorded
-@pytest.mark.parametrize("method", ["mae", "rc_mae"])
-def test_pretrain_goes_on_with_an_official_run(tmp_path, method, monkeypatch):
-    path, file = golden_pth(f"{method}/checkpoint-0")
+def official_run(tmp_path, path, file, **options) -> Trainer:
+    """The trainer that goes on with a file, on noise enough for two steps an epoch."""
     args = file["args"]
     batch = args.batch_size * args.accum_iter * args.world_size
     write_images(tmp_path / "photos", 2 * batch + 5, size=32)
-    convert(path, tmp_path / "kept")  # which can be made a run later
-    done, (config_file,) = convert(
-        path if method == "mae" else tmp_path / "kept",
-        tmp_path / "run",
-        data=str(tmp_path / "photos"),
-    )
-    assert (done.model, done.method) == ("golden_tiny", method)
-
-    options = yaml.safe_load(config_file.read_text())
+    found, (config_file,) = convert(path, tmp_path / "run", data=str(tmp_path / "photos"))
+    assert found.model == "golden_tiny"
+    options = {**yaml.safe_load(config_file.read_text()), **options}
     sections = dict(data=Data, efficiency=Efficiency, eval=Evaluation, output=Output)
     options |= {name: kind(**options[name]) for name, kind in sections.items()}
     options["output"] = Output(folder=tmp_path, name="run", pictures=0, log_every=1)
     options["recipe"] = recipe_from_dict(options["recipe"])
-    trainer = Trainer(Pretrain(**{**options, "stop_after": 3}))
-    recipe, per_epoch = trainer.config.recipe, trainer.engine.steps_per_epoch
-    assert (trainer.done, per_epoch) == ((file["epoch"] + 1) * 2, 2)
-    assert recipe.lr == args.lr
-    assert (recipe.epochs, recipe.warmup_epochs, recipe.seed) == (40, 4, 0)
-    student = file["model" if method == "mae" else "student_without_ddp"]
-    for name, tensor in trainer.method.student.state_dict().items():
-        accuracy.exact(tensor, student[name])
-    if method == "rc_mae":
-        assert (recipe.momentum, recipe.momentum_schedule) == (args.momentum_teacher, "official")
-        for name, tensor in trainer.method.teacher.module.state_dict().items():
-            accuracy.exact(tensor, file["teacher"][name])
-    saved = file["optimizer"]["state"]
-    for index, name in enumerate(trainer.engine.optimizer.names):
-        named = trainer.engine.optimizer.state_dict()
-        accuracy.exact(named[f"exp_avg.{name}"], saved[index]["exp_avg"])
-        accuracy.exact(named[f"exp_avg_sq.{name}"], saved[index]["exp_avg_sq"])
+    trainer = Trainer(Pretrain(**options))
+    assert trainer.engine.steps_per_epoch == 2
+    assert trainer.done == (file["epoch"] + 1) * 2
+    assert trainer.config.recipe.lr == args.lr
+    return trainer
+
+
+def assert_same(network: torch.nn.Module, expected: dict) -> None:
+    """Bitwise, in any order."""
+    state = network.state_dict()
+    assert state.keys() == expected.keys()
+    assert_equal({name: state[name] for name in expected}, dict(expected))
+
+
+OFFICIAL = {  # the file; where its student and its teacher are
+    "mae/checkpoint-0": ("model", None),
+    "rc_mae/checkpoint-0": ("student_without_ddp", "teacher"),
+    "dbot/checkpoint-last": ("model", "dbot/checkpoint-teacher-last"),
+    "dbot/checkpoint-8": ("model", "dbot/checkpoint-teacher-8"),
+    "sdae/checkpoint-0": ("model", "model_teacher"),
+}
+
+
+@recorded
+@pytest.mark.parametrize("name", OFFICIAL)
+def test_pretrain_goes_on_with_an_official_run(tmp_path, name, monkeypatch):
+    path, file = golden_pth(name)
+    if name == "rc_mae/checkpoint-0":
+        convert(path, tmp_path / "kept")  # which can be made a run later
+        path = tmp_path / "kept"
+    step = 2 * (file["epoch"] + 1)
+    trainer = official_run(tmp_path, path, file, stop_after=step + 1)
+    key, teacher = OFFICIAL[name]
+    assert_same(trainer.method.student, file[key])
+    if teacher is not None:
+        recorded_teacher = golden_pth(teacher)[1]["model"] if "/" in teacher else file[teacher]
+        assert_same(trainer.method.teacher.module, recorded_teacher)
+    saved, named = file["optimizer"]["state"], trainer.engine.optimizer.state_dict()
+    for index, parameter in enumerate(trainer.engine.optimizer.names):
+        accuracy.exact(named[f"exp_avg.{parameter}"], saved[index]["exp_avg"])
+        accuracy.exact(named[f"exp_avg_sq.{parameter}"], saved[index]["exp_avg_sq"])
         assert named["step"] == saved[index]["step"]
 
     lrs = []
-    step = Engine.run_step
+    run_step = Engine.run_step
     monkeypatch.setattr(
-        Engine, "run_step", lambda *a: lrs.append((result := step(*a)).lr) or result
+        Engine, "run_step", lambda *a: lrs.append((result := run_step(*a)).lr) or result
     )
     outcome = trainer.run()
-    assert outcome.steps == 3
-    assert lrs == [lr_at(1.0, lr=args.lr, min_lr=0.0, warmup_epochs=4, epochs=40)]
-    assert read(tmp_path / "run").checkpoint.parts["optimizer"]["step"] == 3
+    assert outcome.steps == step + 1
+    recipe = trainer.config.recipe
+    begin, end = recipe.stages[recipe.stage_at(file["epoch"] + 1)]
+    at = float(file["epoch"] + 1 - begin)
+    epochs = end - begin
+    warmup = file["args"].warmup_epochs
+    assert lrs == [lr_at(at, lr=recipe.lr, min_lr=0.0, warmup_epochs=warmup, epochs=epochs)]
+    assert read(tmp_path / "run").checkpoint.parts["optimizer"]["step"] == saved[0]["step"] + 1
     restore_run(tmp_path / "run")  # what knn and visualize load
 
 
 @recorded
+def test_options_of_official_runs_become_recipes(tmp_path):
+    recipes = {}
+    for name in OFFICIAL:
+        path, file = golden_pth(name)
+        place = tmp_path / name.replace("/", "-")
+        recipes[name] = official_run(place, path, file).config.recipe
+        assert (recipes[name].epochs, recipes[name].seed) == (file["args"].epochs, 0)
+        assert recipes[name].warmup_epochs == file["args"].warmup_epochs
+    assert recipes["rc_mae/checkpoint-0"].momentum_schedule == "official"
+    dbot, sdae = recipes["dbot/checkpoint-last"], recipes["sdae/checkpoint-0"]
+    assert dbot == recipes["dbot/checkpoint-8"]
+    assert (dbot.stage_epochs, dbot.teacher_depth, dbot.stage_carry) == ((0, 8, 16), 0, True)
+    assert (dbot.drop_path, dbot.clip_grad, sdae.drop_path) == (0.2, 3.0, 0.25)
+    assert (sdae.momentum, sdae.momentum_end, sdae.momentum_warmup_epochs) == (0.96, 0.99, 0)
+    assert (sdae.folds, sdae.cosine_dim, sdae.teacher_update) == (3, "token", "epoch")
+
+
+@recorded
+def test_a_file_from_the_end_of_a_stage_begins_the_next_one(tmp_path):
+    path, file = golden_pth("dbot/checkpoint-8")
+    trainer = official_run(tmp_path, path, file, stop_after=17)
+    assert trainer.engine.stage == 0
+    trainer.run()
+    assert trainer.engine.stage == 1
+    # The learning rate of a stage's first step is 0: the networks are still those of the switch.
+    assert_same(
+        trainer.method.teacher.module, golden_pth("dbot/checkpoint-teacher-last")[1]["model"]
+    )
+    student = trainer.method.student.state_dict()
+    accuracy.exact(student["patch_embed.proj.bias"], file["model"]["patch_embed.proj.bias"])
+    assert not torch.equal(student["cls_token"], file["model"]["cls_token"])
+
+
+@recorded
+def test_a_new_student_at_the_end_of_a_stage_is_of_the_next_one(tmp_path):
+    file = golden_pth("dbot/checkpoint-8")[1]
+    bias = file["model"]["patch_embed.proj.bias"]
+    file["model"] = dict(create_model("golden_tiny", target="tokens").state_dict())
+    file["model"]["patch_embed.proj.bias"] = bias
+    torch.save(file, tmp_path / "checkpoint-last.pth")
+    teacher = golden_pth("dbot/checkpoint-teacher-last")[1]
+    torch.save(teacher, tmp_path / "checkpoint-teacher-last.pth")
+    trainer = official_run(tmp_path, tmp_path / "checkpoint-last.pth", file)
+    assert trainer.engine.stage == 1
+    assert_same(trainer.method.teacher.module, teacher["model"])
+
+
+@recorded
 @pytest.mark.parametrize(("name", "change", "message"), [
-    ("dbot/checkpoint-last", {}, "cannot go on with dBOT pre-training"),
-    ("sdae/checkpoint-0", {}, "cannot go on with SdAE pre-training"),
+    ("dbot/checkpoint-last", {}, "without its teacher; expected checkpoint-teacher-X.pth beside"),
+    ("dbot/checkpoint-last", dict(tlayernorm=1), "has tlayernorm 1; fastmim can go on with 0 only"),
+    ("dbot/checkpoint-last", dict(norm_feature_loss=False), "norm_feature_loss False; fastmim can"),
+    ("dbot/checkpoint-last", dict(depth=[12, 2]), "teachers of [12] blocks for a student of 2"),
+    ("dbot/checkpoint-last", dict(depth=2), "got [0, 8, 16] and 2"),
+    ("dbot/checkpoint-last", dict(stage_epochs=[0, 16, 8]), "epochs that increase from 0 to"),
+    ("dbot/checkpoint-last", dict(sdpr=None), "in the file's args: sdpr"),
+    ("sdae/checkpoint-0", dict(ema_op="per_run"), "has ema_op 'per_run'"),
+    ("sdae/checkpoint-0", dict(ema_frequent=2), "After which of several its script moves it"),
+    ("sdae/checkpoint-0", dict(ema_op="per_ite", accum_iter=2), "and accum_iter 2"),
+    ("sdae/checkpoint-0", dict(shrink_num=9), "has shrink_num 9 of 12 masked patches"),
+    ("sdae/checkpoint-0", dict(momentum_teacher=None), "in the file's args: momentum_teacher"),
     ("mae/pretrain_full", {}, "holds no optimizer state and epoch"),
     ("mae/checkpoint-0", dict(batch_size="4", lr=None), "in the file's args: batch_size, lr"),
+    ("mae/checkpoint-0", dict(norm_pix_loss="yes"), "in the file's args: norm_pix_loss"),
     ("mae/checkpoint-0", dict(world_size=1000), "1797 images, fewer than the run's batch of 4000"),
     ("mae/checkpoint-0", {}, "have 1 channels, the network takes 3"),
     ("mae/checkpoint-0", dict(epochs=0), "recipe.epochs: expected at least 1"),
@@ -354,6 +448,23 @@ def test_a_run_that_cannot_go_on_is_refused(tmp_path, name, change, message):
         convert(tmp_path / "a.pth", tmp_path / "run", data="digits")
     assert message in str(error.value)
     assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize(("method", "options"), [
+    ("mae", dict(norm_pix=False)),
+    ("rc_mae", dict(gamma=0.5, momentum=0.9, momentum_schedule="official")),
+    ("dbot", dict(epochs=6, stage_epochs=(0, 3, 6), teacher_depth=0, drop_path=0.1, clip_grad=3.0)),
+    ("sdae", dict(cosine_dim="token", momentum=0.9, momentum_end=0.95, momentum_start=0.5,
+                  momentum_warmup_epochs=1, teacher_update="step", drop_path=0.25)),
+    ("sdae", dict(folds=0)),
+])  # fmt: skip
+def test_a_recipe_and_the_options_of_its_script_agree(tmp_path, method, options):
+    network = create_model("golden_tiny", **METHODS[method].student_options(0.0))
+    torch.save({"model": network.state_dict()}, tmp_path / "a.pth")
+    _, found = load_weights(tmp_path / "a.pth")
+    recipe = Recipe(**dict(model="golden_tiny", batch_size=8, epochs=3, warmup_epochs=1) | options)
+    back = recipe_options(method, script_options(recipe, method, found), found)
+    assert Recipe(model="golden_tiny", **back) == recipe
 
 
 def test_a_run_of_fastmim_goes_to_the_authors_and_on(tmp_path):
@@ -396,6 +507,38 @@ def test_a_run_of_fastmim_goes_to_the_authors_and_on(tmp_path):
             state = optimizer.state[by_name[name.removeprefix("exp_avg_sq.")]]
             accuracy.exact(state["exp_avg_sq"], moments)
             assert state["step"] == 4
+
+
+@pytest.mark.parametrize(("method", "options"), [
+    ("rc_mae", dict(momentum_schedule="official")),
+    ("dbot", dict(stage_epochs=(0, 1, 3), drop_path=0.1, teacher_depth=0)),
+    ("sdae", dict(cosine_dim="token", momentum=0.9, drop_path=0.1)),
+])  # fmt: skip
+def test_teachers_go_to_the_authors_and_on(tmp_path, method, options):
+    write_images(tmp_path / "photos", 16, size=32)
+    data = str(tmp_path / "photos")
+    recipe = Recipe(
+        **dict(model="golden_tiny", img_size=32, batch_size=8, epochs=3, warmup_epochs=1) | options
+    )
+    config = Pretrain(
+        method,
+        data=Data(data),
+        recipe=recipe,
+        eval=Evaluation(knn_at_end=False),
+        output=Output(folder=tmp_path, name="run", pictures=0),
+        stop_after=4,
+    )
+    trainer = Trainer(config)
+    trainer.run()
+    convert(tmp_path / "run", tmp_path / "checkpoint-1.pth", to="authors")
+    _, (written,) = convert(tmp_path / "checkpoint-1.pth", tmp_path / "again", data=data)
+    back = recipe_from_dict(yaml.safe_load(written.read_text())["recipe"])
+    assert replace(back, img_size=32) == recipe
+    ours, theirs = (read(tmp_path / name).checkpoint for name in ("run", "again"))
+    assert (ours.step, ours.state["stage"]) == (theirs.step, theirs.state["stage"])
+    for part, tensors in ours.parts.items():
+        assert tensors.keys() == theirs.parts[part].keys()
+        assert_equal(dict(theirs.parts[part]), {n: tensors[n] for n in theirs.parts[part]})
 
 
 @recorded

@@ -15,6 +15,7 @@ from fastmim.eval import (
     extract_features,
     knn_accuracy,
     line_chart,
+    linear_probe,
     pixel_features,
     reconstruct,
     reconstruction_picture,
@@ -194,6 +195,109 @@ def test_knn_refuses_banks_of_different_width():
     labels = torch.zeros(4).long()
     with pytest.raises(ValueError, match="one width, got 2 and 3"):
         knn_accuracy(bank(torch.ones(4, 2), labels), bank(torch.ones(4, 3), labels), k=1)
+
+
+def clusters(count: int, classes: int, spread: float, width: int = 8) -> FeatureBank:
+    """Features around one centre a class, in units that differ by a factor of 1000."""
+    centres = torch.randn(classes, width, generator=torch.Generator().manual_seed(7))
+    labels = torch.arange(count) % classes
+    features = centres[labels] + spread * torch.randn(count, width)
+    return bank(features * torch.logspace(-2, 1, width) + 5.0, 3 * labels + 2)
+
+
+def test_a_linear_probe_separates_what_is_separable():
+    probe = linear_probe(clusters(600, 4, spread=0.05), clusters(200, 4, spread=0.05))
+    assert probe.accuracy > 0.99
+    assert linear_probe(clusters(600, 4, spread=0.05)).accuracy > 0.99  # a fifth of the bank
+
+
+def test_a_linear_probe_of_random_labels_is_at_chance():
+    features, labels = torch.randn(4000, 8), torch.randint(0, 10, (4000,))
+    probe = linear_probe(bank(features[:2000], labels[:2000]), bank(features[2000:], labels[2000:]))
+    assert abs(probe.accuracy - 0.1) < 0.03  # 4.5 sigma
+
+
+def test_the_probe_reaches_what_logistic_regression_does():
+    train, test = clusters(400, 5, spread=1.0), clusters(2000, 5, spread=1.0)
+    weight = torch.zeros(9, 5, dtype=torch.float64, requires_grad=True)
+    mean, scale = train.features.mean(0), train.features.std(0, correction=0)
+
+    def logits(features):
+        normalized = ((features - mean) / scale).double()
+        return torch.nn.functional.pad(normalized, (0, 1), value=1.0) @ weight
+
+    optimizer = torch.optim.LBFGS([weight], max_iter=500, line_search_fn="strong_wolfe")
+
+    def closure():
+        optimizer.zero_grad()
+        loss = torch.nn.functional.cross_entropy(logits(train.features), (train.labels - 2) // 3)
+        loss.backward()
+        return loss
+
+    optimizer.step(closure)
+    best = (logits(test.features).argmax(1) * 3 + 2 == test.labels).float().mean()
+    assert 0.5 < best < 0.95
+    assert abs(linear_probe(train, test).accuracy - best) < 0.02
+
+
+def test_the_learning_rate_is_chosen_without_the_test_images():
+    train = clusters(300, 3, spread=1.0)
+    test = clusters(100, 3, spread=1.0)
+    probe = linear_probe(train, test)
+    wrong = linear_probe(train, test._replace(labels=test.labels.roll(1)))
+    noise = linear_probe(train, test._replace(features=torch.randn(100, 8)))
+    assert probe[1:] == wrong[1:] == noise[1:]
+    assert probe.accuracy > wrong.accuracy
+    assert set(probe.held_out.values()) != {probe.accuracy}
+
+
+def test_a_learning_rate_that_diverges_is_not_chosen():
+    train = clusters(300, 3, spread=0.1)
+    probe = linear_probe(train, train, lrs=(1e38, 0.1))
+    assert probe.held_out[1e38] == 0.0
+    assert probe.lr == 0.1
+    assert probe.accuracy > 0.99
+
+
+def test_the_probe_repeats_exactly_and_leaves_the_random_state():
+    train, state = clusters(300, 3, spread=1.0), torch.get_rng_state()
+    assert linear_probe(train) == linear_probe(train)
+    assert linear_probe(train, seed=1) != linear_probe(train)
+    accuracy.exact(torch.get_rng_state(), state)
+
+
+def test_the_probe_leaves_images_without_a_label_out():
+    train, test = clusters(300, 3, spread=1.0), clusters(100, 3, spread=1.0)
+    blank = bank(
+        torch.cat([train.features, torch.randn(40, 8)]),
+        torch.cat([train.labels, torch.full((40,), -1)]),
+    )
+    assert linear_probe(blank, test) == linear_probe(train, test)
+
+
+@pytest.mark.parametrize(
+    ("features", "labels", "kwargs", "message"),
+    [
+        (torch.ones(4, 2), None, {}, "no labels; put the images into one sub-folder"),
+        (torch.ones(4, 2), torch.full((4,), -1), {}, "no labels"),
+        (torch.ones(4, 2), torch.ones(4).long(), {}, "at least 2 classes, got 1"),
+        (torch.ones(1, 2), torch.ones(1).long(), {}, "1 labelled images cannot be split"),
+        (torch.ones(4, 2) / 0, torch.arange(4), {}, "not finite"),
+        (torch.ones(4, 2), torch.arange(4), dict(lrs=()), "positive lrs"),
+        (torch.ones(4, 2), torch.arange(4), dict(lrs=(0.0,)), "positive lrs"),
+        (torch.ones(4, 2), torch.arange(4), dict(epochs=0), "at least 1 epoch"),
+        (torch.ones(4, 2), torch.arange(4), dict(held_out=1.0), r"held_out in \(0, 1\)"),
+    ],
+)
+def test_the_probe_says_what_is_wrong(features, labels, kwargs, message):
+    with pytest.raises(ValueError, match=message):
+        linear_probe(bank(features, labels), **kwargs)
+
+
+def test_the_probe_refuses_banks_of_different_width():
+    labels = torch.arange(4)
+    with pytest.raises(ValueError, match="linear_probe: expected bank and queries of one width"):
+        linear_probe(bank(torch.ones(4, 2), labels), bank(torch.ones(4, 3), labels))
 
 
 def perfect_prediction(model, imgs, masks):

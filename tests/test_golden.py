@@ -412,11 +412,18 @@ def test_sdae_teacher_after_one_update(golden_file):
         accuracy.golden(tensor, after[name])
 
 
-def test_sdae_momentum_is_read_at_the_epoch():
-    recorded = SCHEDULES["sdae_momentum"][0]
-    assert recorded["warmup_epochs"] == 0
+@pytest.mark.parametrize("update", ["epoch", "step"])
+@pytest.mark.parametrize("recorded", SCHEDULES["sdae_momentum"], ids=["plain", "warm-up"])
+def test_sdae_momentum_is_read_at_the_epoch(recorded, update):
     student = MaskedAutoencoder(target="features", **SIZES)
-    method = SdAE(student, momentum=recorded["base"], momentum_end=recorded["final"])
+    method = SdAE(
+        student,
+        momentum=recorded["base"],
+        momentum_end=recorded["final"],
+        momentum_warmup_epochs=recorded["warmup_epochs"],
+        momentum_start=recorded["start_warmup_value"],
+        teacher_update=update,
+    )
     found = [method.teacher_momentum(Clock(step, 4, recorded["epochs"])) for step in range(40)]
     expected = [value for value in recorded["values"] for _ in range(4)]
     accuracy.golden(*(torch.tensor(v, dtype=torch.float64) for v in (found, expected)))

@@ -134,10 +134,16 @@ def test_patches_of_a_fold_see_no_other_fold(folds, imgs):
     assert moved.tolist() == [True] + [False] * (len(target) - 1)
 
 
-@pytest.mark.parametrize("name", ["momentum", "momentum_end"])
+@pytest.mark.parametrize("name", ["momentum", "momentum_end", "momentum_start"])
 def test_sdae_momentum_outside_the_unit_interval_is_refused(name):
     with pytest.raises(ValueError, match=rf"SdAE: expected {name} in \[0, 1\], got 1.5"):
         build("sdae", **{name: 1.5})
+
+
+@pytest.mark.parametrize("options", [dict(momentum_warmup_epochs=-1), dict(teacher_every=0)])
+def test_sdae_refuses_counts_that_are_none(options):
+    with pytest.raises(ValueError, match="momentum_warmup_epochs of at least 0 and teacher_every"):
+        build("sdae", **options)
 
 
 def test_sdae_teacher_starts_from_its_own_weights_or_from_the_students():

@@ -137,6 +137,18 @@ def test_sdae_teacher_moves_when_it_is_told_to(update, steps):
             accuracy.golden(after[f"teacher.{name}"], expected)
 
 
+@pytest.mark.parametrize(("update", "moving"), [("epoch", {7, 15}), ("step", {1, 3, 5, 7})])
+def test_sdae_teacher_moves_every_other_time_if_told_to(update, moving):
+    run = engine("sdae", teacher_update=update, teacher_every=2, epochs=4, momentum=0.5)
+    moved = set()
+    for step in range(16 if update == "epoch" else 8):
+        before = whole(run.method.teacher)
+        run.run_step(step, batches(step))
+        if not torch.equal(whole(run.method.teacher), before):
+            moved.add(step)
+    assert moved == moving
+
+
 def test_sdae_teacher_moves_although_the_last_step_of_an_epoch_is_skipped():
     run = engine("sdae", momentum=0.5)
     before = everything(run)

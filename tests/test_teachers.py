@@ -1,6 +1,7 @@
 """dBOT's teachers of other sizes and from elsewhere."""
 
 from functools import partial
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -147,8 +148,78 @@ def test_teacher_sees_images_normalised_as_the_students():
 def test_teacher_with_other_patches_is_refused_with_the_remedy():
     with pytest.raises(ValueError, match=r"expected features \(B, 16 or 17, D\).*give img_size"):
         DBOT(student(), teachers=[FrozenTeacher(Convolutions(32, 8, True), tokens_of)])
-    with pytest.raises(ValueError, match="Convolutions is no encoder of fastmim; give features"):
-        FrozenTeacher(Convolutions(32, 8, True))
+
+
+class Returns(nn.Module):
+    """Gives what it is told to, as ViTs of other libraries do."""
+
+    def __init__(self, output, **attributes) -> None:
+        super().__init__()
+        self.output = output
+        for name, value in attributes.items():
+            setattr(self, name, value)
+
+    def forward(self, imgs):
+        return self.output
+
+
+class TimmLike(Returns):
+    forward_features = Returns.forward
+
+    def forward(self, imgs):
+        raise AssertionError("the head is not asked")
+
+
+TOKENS = torch.arange(2 * 20 * 32.0).reshape(2, 20, 32)  # cls, 3 others, 16 patches
+WITHOUT = torch.cat([TOKENS[:, :1], TOKENS[:, 4:]], dim=1)
+
+
+@pytest.mark.parametrize(("module", "expected"), [
+    (TimmLike(TOKENS, num_prefix_tokens=4), WITHOUT),
+    (TimmLike(WITHOUT, num_prefix_tokens=1), WITHOUT),
+    (TimmLike(TOKENS[:, 4:], num_prefix_tokens=0), TOKENS[:, 4:]),
+    (Returns(SimpleNamespace(last_hidden_state=WITHOUT), config=SimpleNamespace()), WITHOUT),
+    (Returns(SimpleNamespace(last_hidden_state=TOKENS),
+             config=SimpleNamespace(num_register_tokens=3)), WITHOUT),
+    (TimmLike({"x_norm_clstoken": TOKENS[:, 0], "x_norm_patchtokens": TOKENS[:, 4:]}), WITHOUT),
+])  # fmt: skip
+def test_vits_of_other_libraries_teach_as_they_are(module, expected):
+    method = DBOT(student(), teachers=[FrozenTeacher(module)])
+    accuracy.exact(method.teach(torch.randn(2, 3, 16, 16), None), expected)
+
+
+@pytest.mark.parametrize(
+    ("output", "got"),
+    [(torch.zeros(2, 32), r"\(2, 32\)"), ({"logits": 1}, "dict"), ((TOKENS,), "tuple")],
+)
+def test_a_module_that_gives_no_tokens_is_refused_with_the_remedy(output, got):
+    with pytest.raises(ValueError, match=f"Returns gives {got}, expected tokens .* give features"):
+        DBOT(student(), teachers=[FrozenTeacher(Returns(output))])
+
+
+def test_a_vit_of_timm_teaches():
+    timm = pytest.importorskip("timm")
+    vit = timm.create_model(
+        "vit_tiny_patch16_224", img_size=64, depth=2, num_classes=10, reg_tokens=4
+    )
+    method = DBOT(student(), teachers=[FrozenTeacher(vit, img_size=(64, 64))])
+    imgs = torch.randint(0, 256, (2, 3, 16, 16), dtype=torch.uint8)
+    loss = method(imgs).total
+    loss.backward()
+    assert loss.isfinite()
+    assert method.teach(imgs, None).shape == (2, 17, 192)
+
+
+@pytest.mark.parametrize("name", ["CLIPVision", "Dinov2", "Dinov2WithRegisters"])
+def test_a_vit_of_transformers_teaches(name):
+    transformers = pytest.importorskip("transformers")
+    config = getattr(transformers, f"{name}Config")(
+        hidden_size=48, num_hidden_layers=1, num_attention_heads=2, intermediate_size=64,
+        image_size=64, patch_size=16,
+    )  # fmt: skip
+    vit = getattr(transformers, f"{name}Model")(config)
+    method = DBOT(student(), teachers=[FrozenTeacher(vit, img_size=(64, 64))])
+    assert method.teach(torch.randn(2, 3, 16, 16), None).shape == (2, 17, 48)
 
 
 def test_teacher_that_is_not_there_or_has_other_channels_is_refused(tmp_path):
@@ -166,3 +237,56 @@ def test_student_that_predicts_something_else_is_refused(name, target):
         METHODS[name](create_model("nano"))
     with pytest.raises(ValueError, match=f"predicts {target} of a teacher, not pixels"):
         create_model("nano", target=target)(torch.randn(2, 3, 16, 16))
+
+
+def published(path, method=None, **options):
+    """A file of the authors, of an encoder of another width, depth and patch size."""
+    sizes = dict(embed_dim=64, depth=2, patch_size=8, num_heads=2, img_size=40, in_chans=1)
+    network = create_model("nano", **{**sizes, **options})
+    torch.nn.init.normal_(network.blocks[1].mlp.fc2.bias)
+    if method == "rc_mae":
+        other = {name: torch.zeros_like(t) for name, t in network.state_dict().items()}
+        torch.save({"student": other, "teacher": network.state_dict()}, path)
+    else:
+        torch.save({"model": network.state_dict()}, path)
+    return network
+
+
+@pytest.mark.parametrize(("method", "options"), [
+    ("mae", {}), ("rc_mae", {}), ("dbot", dict(target="tokens")), ("sdae", dict(target="features")),
+])  # fmt: skip
+def test_a_file_of_the_authors_teaches(tmp_path, method, options):
+    network = published(tmp_path / "a.pth", method, **options)
+    teacher = load_teacher(tmp_path / "a.pth", of_digits())
+    imgs = torch.randn(2, 1, 32, 32)
+    expected = network.fresh_encoder(img_size=32)
+    state = {n: network.state_dict()[n] for n in expected.state_dict()}
+    state["pos_embed"] = resize_pos_embed(network.pos_embed, (5, 5), (4, 4))
+    expected.load_state_dict(state)
+    accuracy.exact(teacher(imgs, of_digits()), expected.encode_image(imgs, final_norm=False))
+
+
+def test_stages_with_a_file_resume_exactly_and_notice_another_file(tmp_path):
+    path = tmp_path / "a.pth"
+    published(path)
+    chosen = recipe(epochs=2, warmup_epochs=0, stage_epochs=(0, 1, 2), teachers=("own", str(path)))
+    run = partial(pretrain, method="dbot", recipe=chosen)
+    Trainer(run(tmp_path / "a")).run()
+    for stop in (5, 9, None):
+        trainer = Trainer(run(tmp_path / "b", stop_after=stop))
+        trainer.run()
+    assert trainer.method.student.head.out_features == 64
+    assert_same_run(tmp_path / "b" / "run", tmp_path / "a" / "run")
+    published(path)  # other random weights
+    with pytest.raises(CheckpointError, match=r"differ in\n  teachers"):
+        Trainer(run(tmp_path / "b"))
+
+
+def test_a_file_that_cannot_teach_is_refused(tmp_path):
+    published(tmp_path / "a.pth", embed_dim=80)  # no model of this width tells its heads
+    with pytest.raises(CheckpointError, match="does not tell the heads; name its model in"):
+        load_teacher(tmp_path / "a.pth", of_digits())
+    (tmp_path / "b.pth").write_bytes(b"no checkpoint")
+    chosen = recipe(teachers=(str(tmp_path / "b.pth"),))
+    with pytest.raises(CheckpointError, match=r"b\.pth: refused, nothing in it was run"):
+        Trainer(pretrain(tmp_path, method="dbot", recipe=chosen))

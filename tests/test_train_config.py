@@ -29,6 +29,9 @@ REFUSED = [
         "folds": [-1],
         "cosine_dim": ["patch"],
         "teacher_update": ["never"],
+        "teacher_every": [0],
+        "momentum_warmup_epochs": [-1, 800],
+        "momentum_start": [-0.1, 1.1],
         "teacher_init": ["random"],
         "stage_epochs": [(0,), (0, 400), (0, 400, 400, 800), (0, 500, 400, 800), (1, 800)],
         "stage_depths": [(), (0,), (12, 12)],
@@ -47,6 +50,7 @@ REFUSED = [
     (Data, "data.", {"max_bad_fraction": [-0.1, 1.1, math.nan]}),
     (Evaluation, "eval.", {
         "knn_every": [-1], "limit": [-1], "k": [0], "temperature": [0.0], "crop_ratio": [0.0, 1.1],
+        "pool": ["max"],
     }),
     (Output, "output.", {
         "log_every": [0],

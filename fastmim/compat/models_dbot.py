@@ -7,7 +7,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from fastmim.compat import models_mae
-from fastmim.compat.models_mae import build, given
+from fastmim.compat.factories import factory
+from fastmim.compat.models_mae import given
 from fastmim.nn import Encoder, MaskedAutoencoder
 from fastmim.ops import num_keep, reference
 
@@ -114,18 +115,9 @@ class MaskedAutoencoderViT(models_mae.MaskedAutoencoderViT):
         return (error.mean(dim=-1) * mask).sum() / mask.sum()
 
 
-def mae_vit_base_patch16_dec512d8b(**kwargs) -> MaskedAutoencoderViT:
-    return build(MaskedAutoencoderViT, "mae_vit_base_patch16_dec512d8b", kwargs)
-
-
-def mae_vit_large_patch16_dec512d8b(**kwargs) -> MaskedAutoencoderViT:
-    return build(MaskedAutoencoderViT, "mae_vit_large_patch16_dec512d8b", kwargs)
-
-
-def mae_vit_huge_patch14_dec512d8b(**kwargs) -> MaskedAutoencoderViT:
-    return build(MaskedAutoencoderViT, "mae_vit_huge_patch14_dec512d8b", kwargs)
-
-
+mae_vit_base_patch16_dec512d8b = factory(MaskedAutoencoderViT, "mae_vit_base_patch16_dec512d8b")
+mae_vit_large_patch16_dec512d8b = factory(MaskedAutoencoderViT, "mae_vit_large_patch16_dec512d8b")
+mae_vit_huge_patch14_dec512d8b = factory(MaskedAutoencoderViT, "mae_vit_huge_patch14_dec512d8b")
 mae_vit_base_patch16 = mae_vit_base_patch16_dec512d8b
 mae_vit_large_patch16 = mae_vit_large_patch16_dec512d8b
 mae_vit_huge_patch14 = mae_vit_huge_patch14_dec512d8b

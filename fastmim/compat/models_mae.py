@@ -1,13 +1,12 @@
 """MAE's ``models_mae``: ``MaskedAutoencoderViT`` and its factories (arXiv:2111.06377)."""
 
 from collections.abc import Callable
-from functools import partial
 
 import torch
 from torch import Tensor, nn
 
 from fastmim import ops
-from fastmim.models import MODELS
+from fastmim.compat.factories import factory
 from fastmim.nn import MaskedAutoencoder
 from fastmim.ops import Masks, gather_tokens, num_keep, reference
 
@@ -184,24 +183,9 @@ def given(**options: Tensor | None) -> dict[str, Tensor]:
     return {name: value for name, value in options.items() if value is not None}
 
 
-def build(cls: type[MaskedAutoencoderViT], name: str, kwargs: dict) -> MaskedAutoencoderViT:
-    """A ``cls`` of the size ``name`` in :data:`fastmim.models.MODELS`; ``kwargs`` win."""
-    norm_layer = partial(nn.LayerNorm, eps=1e-6)
-    return cls(**{**MODELS[name], "norm_layer": norm_layer, **kwargs})
-
-
-def mae_vit_base_patch16_dec512d8b(**kwargs) -> MaskedAutoencoderViT:
-    return build(MaskedAutoencoderViT, "mae_vit_base_patch16_dec512d8b", kwargs)
-
-
-def mae_vit_large_patch16_dec512d8b(**kwargs) -> MaskedAutoencoderViT:
-    return build(MaskedAutoencoderViT, "mae_vit_large_patch16_dec512d8b", kwargs)
-
-
-def mae_vit_huge_patch14_dec512d8b(**kwargs) -> MaskedAutoencoderViT:
-    return build(MaskedAutoencoderViT, "mae_vit_huge_patch14_dec512d8b", kwargs)
-
-
+mae_vit_base_patch16_dec512d8b = factory(MaskedAutoencoderViT, "mae_vit_base_patch16_dec512d8b")
+mae_vit_large_patch16_dec512d8b = factory(MaskedAutoencoderViT, "mae_vit_large_patch16_dec512d8b")
+mae_vit_huge_patch14_dec512d8b = factory(MaskedAutoencoderViT, "mae_vit_huge_patch14_dec512d8b")
 mae_vit_base_patch16 = mae_vit_base_patch16_dec512d8b
 mae_vit_large_patch16 = mae_vit_large_patch16_dec512d8b
 mae_vit_huge_patch14 = mae_vit_huge_patch14_dec512d8b

@@ -5,7 +5,8 @@ from collections.abc import Callable
 from torch import Tensor, nn
 
 from fastmim.compat import models_mae
-from fastmim.compat.models_mae import build, given
+from fastmim.compat.factories import factory
+from fastmim.compat.models_mae import given
 from fastmim.ops import num_keep
 
 
@@ -81,30 +82,12 @@ class MaskedAutoencoderViT(models_mae.MaskedAutoencoderViT):
         return loss, pred, mask, ids_restore.argsort(dim=1)
 
 
-def rc_vit_tiny_patch16_dec128d2b(**kwargs) -> MaskedAutoencoderViT:
-    return build(MaskedAutoencoderViT, "rc_vit_tiny_patch16_dec128d2b", kwargs)
-
-
-def rc_vit_small_patch16_dec256d4b(**kwargs) -> MaskedAutoencoderViT:
-    return build(MaskedAutoencoderViT, "rc_vit_small_patch16_dec256d4b", kwargs)
-
-
-def rc_vit_small_patch16_dec512d8b(**kwargs) -> MaskedAutoencoderViT:
-    return build(MaskedAutoencoderViT, "rc_vit_small_patch16_dec512d8b", kwargs)
-
-
-def rc_vit_base_patch16_dec512d8b(**kwargs) -> MaskedAutoencoderViT:
-    return build(MaskedAutoencoderViT, "rc_vit_base_patch16_dec512d8b", kwargs)
-
-
-def rc_vit_large_patch16_dec512d8b(**kwargs) -> MaskedAutoencoderViT:
-    return build(MaskedAutoencoderViT, "rc_vit_large_patch16_dec512d8b", kwargs)
-
-
-def rc_vit_huge_patch14_dec512d8b(**kwargs) -> MaskedAutoencoderViT:
-    return build(MaskedAutoencoderViT, "rc_vit_huge_patch14_dec512d8b", kwargs)
-
-
+rc_vit_tiny_patch16_dec128d2b = factory(MaskedAutoencoderViT, "rc_vit_tiny_patch16_dec128d2b")
+rc_vit_small_patch16_dec256d4b = factory(MaskedAutoencoderViT, "rc_vit_small_patch16_dec256d4b")
+rc_vit_small_patch16_dec512d8b = factory(MaskedAutoencoderViT, "rc_vit_small_patch16_dec512d8b")
+rc_vit_base_patch16_dec512d8b = factory(MaskedAutoencoderViT, "rc_vit_base_patch16_dec512d8b")
+rc_vit_large_patch16_dec512d8b = factory(MaskedAutoencoderViT, "rc_vit_large_patch16_dec512d8b")
+rc_vit_huge_patch14_dec512d8b = factory(MaskedAutoencoderViT, "rc_vit_huge_patch14_dec512d8b")
 rc_vit_tiny_patch16 = rc_vit_tiny_patch16_dec128d2b
 rc_vit_small_patch16 = rc_vit_small_patch16_dec256d4b
 rc_vit_base_patch16 = rc_vit_base_patch16_dec512d8b

@@ -5,7 +5,8 @@ from collections.abc import Callable
 from torch import Tensor, nn
 
 from fastmim.compat import models_mae
-from fastmim.compat.models_mae import build, given
+from fastmim.compat.factories import factory
+from fastmim.compat.models_mae import given
 from fastmim.nn import Encoder, MaskedAutoencoder
 from fastmim.ops import Masks, num_keep
 
@@ -115,55 +116,30 @@ class VisionTransformer(Encoder):
         return self.encode_patches(imgs, seen, folds=folds)[:, 1:]
 
 
-def mae_vit_small_patch16(**kwargs) -> MaskedAutoencoderViT:
-    return build(MaskedAutoencoderViT, "mae_vit_small_patch16_dec512d8b", kwargs)
-
-
-def mae_vit_base_patch16_dec512d2b(**kwargs) -> MaskedAutoencoderViT:
-    return build(MaskedAutoencoderViT, "mae_vit_base_patch16_dec512d2b", kwargs)
-
-
-def mae_vit_base_patch16_dec512d4b(**kwargs) -> MaskedAutoencoderViT:
-    return build(MaskedAutoencoderViT, "mae_vit_base_patch16_dec512d4b", kwargs)
-
-
-def mae_vit_base_patch16_dec512d6b(**kwargs) -> MaskedAutoencoderViT:
-    return build(MaskedAutoencoderViT, "mae_vit_base_patch16_dec512d6b", kwargs)
-
-
-def mae_vit_base_patch16_dec512d8b(**kwargs) -> MaskedAutoencoderViT:
-    return build(MaskedAutoencoderViT, "mae_vit_base_patch16_dec512d8b", kwargs)
-
-
-def mae_vit_large_patch16_dec512d8b(**kwargs) -> MaskedAutoencoderViT:
-    return build(MaskedAutoencoderViT, "mae_vit_large_patch16_dec512d8b", kwargs)
-
-
-def mae_vit_huge_patch14_dec512d8b(**kwargs) -> MaskedAutoencoderViT:
-    return build(MaskedAutoencoderViT, "mae_vit_huge_patch14_dec512d8b", kwargs)
-
-
+mae_vit_small_patch16 = factory(MaskedAutoencoderViT, "mae_vit_small_patch16")
+mae_vit_base_patch16_dec512d2b = factory(MaskedAutoencoderViT, "mae_vit_base_patch16_dec512d2b")
+mae_vit_base_patch16_dec512d4b = factory(MaskedAutoencoderViT, "mae_vit_base_patch16_dec512d4b")
+mae_vit_base_patch16_dec512d6b = factory(MaskedAutoencoderViT, "mae_vit_base_patch16_dec512d6b")
+mae_vit_base_patch16_dec512d8b = factory(MaskedAutoencoderViT, "mae_vit_base_patch16_dec512d8b")
+mae_vit_large_patch16_dec512d8b = factory(MaskedAutoencoderViT, "mae_vit_large_patch16_dec512d8b")
+mae_vit_huge_patch14_dec512d8b = factory(MaskedAutoencoderViT, "mae_vit_huge_patch14_dec512d8b")
 mae_vit_base_patch16 = mae_vit_base_patch16_dec512d8b
 mae_vit_large_patch16 = mae_vit_large_patch16_dec512d8b
 mae_vit_huge_patch14 = mae_vit_huge_patch14_dec512d8b
 
-
-def _teacher(width: int, depth: int, heads: int, patch_size: int, kwargs: dict):
-    sizes = dict(embed_dim=width, depth=depth, num_heads=heads, patch_size=patch_size)
-    return VisionTransformer(**{**sizes, **kwargs})
-
-
-def vit_small_patch16(**kwargs) -> VisionTransformer:
-    return _teacher(384, 12, 6, 16, kwargs)
-
-
-def vit_base_patch16(**kwargs) -> VisionTransformer:
-    return _teacher(768, 12, 12, 16, kwargs)
-
-
-def vit_large_patch16(**kwargs) -> VisionTransformer:
-    return _teacher(1024, 24, 16, 16, kwargs)
-
-
-def vit_huge_patch14(**kwargs) -> VisionTransformer:
-    return _teacher(1280, 32, 16, 14, kwargs)
+vit_small_patch16, vit_base_patch16, vit_large_patch16, vit_huge_patch14 = (
+    factory(
+        VisionTransformer,
+        f"vit_{size}",
+        embed_dim=width,
+        depth=depth,
+        num_heads=heads,
+        patch_size=int(size[-2:]),
+    )
+    for size, width, depth, heads in (
+        ("small_patch16", 384, 12, 6),
+        ("base_patch16", 768, 12, 12),
+        ("large_patch16", 1024, 24, 16),
+        ("huge_patch14", 1280, 32, 16),
+    )
+)

@@ -85,6 +85,44 @@ def pixel_features(batches: Batches) -> FeatureBank:
     return _bank("pixel_features", ((centred(imgs), *rest) for imgs, *rest in batches))
 
 
+def labelled(function: str, name: str, bank: FeatureBank) -> tuple[Tensor, Tensor]:
+    """Features (n, D), float32, and classes (n,) of the images that have a label.
+
+    Args:
+        function: Named in errors.
+        name: Of the bank, likewise.
+        bank: Images with label -1 are left out.
+
+    Raises:
+        ValueError: If no image has a label, or features are not finite.
+    """
+    features, labels, _ = bank
+    if labels is None or not bool((labels >= 0).any()):
+        raise ValueError(
+            f"{function}: the {name} has no labels; put the images into one sub-folder a class, "
+            "or add a label column to the parquet file"
+        )
+    labels = labels.to(features.device)
+    if bool((labels < 0).any()):
+        features, labels = features[labels >= 0], labels[labels >= 0]
+    if not bool(features.isfinite().all()):
+        raise ValueError(f"{function}: the {name} holds features that are not finite")
+    return features.float(), labels
+
+
+def check_widths(function: str, bank: Tensor, queries: Tensor) -> None:
+    """Refuse features (n, D) and (m, E) of which D is not E.
+
+    Raises:
+        ValueError: Names both widths.
+    """
+    if queries.shape[1] != bank.shape[1]:
+        raise ValueError(
+            f"{function}: expected bank and queries of one width, got {bank.shape[1]} and "
+            f"{queries.shape[1]}; extract both with the same model"
+        )
+
+
 @contextmanager
 def evaluation_mode(module: nn.Module) -> Iterator[None]:
     """``module.eval()`` inside the block; after it, every sub-module's own flag as it was."""

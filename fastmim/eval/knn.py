@@ -4,7 +4,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from fastmim.eval.features import FeatureBank
+from fastmim.eval.features import FeatureBank, check_widths, labelled
 
 _CHUNK = 2**24  # similarities held at a time: 64 MiB
 
@@ -40,16 +40,12 @@ def knn_accuracy(
     if not temperature > 0:
         raise ValueError(f"knn_accuracy: expected a positive temperature, got {temperature}")
     leave_one_out = queries is None
-    vectors, labels = _labelled("bank", bank)
+    vectors, labels = _unit_vectors("bank", bank)
     if leave_one_out:
         asked, answers = vectors, labels
     else:
-        asked, answers = _labelled("queries", queries)
-        if asked.shape[1] != vectors.shape[1]:
-            raise ValueError(
-                f"knn_accuracy: expected bank and queries of one width, got {vectors.shape[1]} and "
-                f"{asked.shape[1]}; extract both with the same model"
-            )
+        asked, answers = _unit_vectors("queries", queries)
+        check_widths("knn_accuracy", vectors, asked)
     neighbours = len(vectors) - leave_one_out
     if not 1 <= k <= neighbours:
         raise ValueError(
@@ -78,17 +74,6 @@ def _vote(similarity: Tensor, labels: Tensor, k: int, temperature: float) -> Ten
     return classes.gather(1, votes.argmax(dim=1, keepdim=True))[:, 0]
 
 
-def _labelled(name: str, bank: FeatureBank) -> tuple[Tensor, Tensor]:
-    """Unit vectors and classes of the images that have a label."""
-    features, labels, _ = bank
-    if labels is None or not bool((labels >= 0).any()):
-        raise ValueError(
-            f"knn_accuracy: the {name} has no labels; put the images into one sub-folder a class, "
-            "or add a label column to the parquet file"
-        )
-    labels = labels.to(features.device)
-    if bool((labels < 0).any()):
-        features, labels = features[labels >= 0], labels[labels >= 0]
-    if not bool(features.isfinite().all()):
-        raise ValueError(f"knn_accuracy: the {name} holds features that are not finite")
-    return F.normalize(features.float(), dim=1), labels
+def _unit_vectors(name: str, bank: FeatureBank) -> tuple[Tensor, Tensor]:
+    features, labels = labelled("knn_accuracy", name, bank)
+    return F.normalize(features, dim=1), labels

@@ -70,7 +70,7 @@ def _training(contents: Contents, description: Description) -> dict[str, Any]:
     saved |= {key: training[key] for key in ("epoch", "scaler") if key in training}
     args = training.get("args")
     if args is None and training.get("recipe"):
-        args = args_of(training["recipe"], contents.method)
+        args = args_of(training["recipe"], contents.method, description)
     if args is not None:
         saved["args"] = argparse.Namespace(**args)
     return saved

@@ -13,7 +13,12 @@ from fastmim.interop.positions import grid_of
 from fastmim.models import MODELS, did_you_mean
 from fastmim.train.checkpoint import CheckpointError
 
-_PREFIXES = {"mae": ("mae_", "rc_"), "rc_mae": ("rc_", "mae_")}  # own names first
+_PREFIXES = {  # own names first
+    "mae": ("mae_", "rc_"),
+    "rc_mae": ("rc_", "mae_"),
+    "dbot": ("dbot_",),
+    "sdae": ("sdae_",),
+}
 
 
 @dataclass(frozen=True)

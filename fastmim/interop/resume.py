@@ -12,6 +12,7 @@ from fastmim.interop.describe import Description, differing
 from fastmim.interop.layouts import Contents
 from fastmim.interop.names import published_shapes
 from fastmim.interop.optimizer import by_name, check_named
+from fastmim.interop.options import recipe_options, script_options
 from fastmim.train import checkpoint as checkpoints
 from fastmim.train.build import run_identity
 from fastmim.train.checkpoint import CheckpointError
@@ -27,28 +28,13 @@ from fastmim.train.config import (
 from fastmim.train.folder import CHECKPOINTS, write_config
 from fastmim.train.log import Window
 
-# Methods whose options make a recipe; a folder of the others keeps everything all the same.
-_CONTINUED = ("mae", "rc_mae")
-_NEEDED = (
-    "batch_size",
-    "accum_iter",
-    "world_size",
-    "mask_ratio",
-    "epochs",
-    "warmup_epochs",
-    "lr",
-    "norm_pix_loss",
-)
-# Options of the authors' scripts that a recipe takes over as they are.
-_SAME = (
-    "mask_ratio",
-    "epochs",
-    "warmup_epochs",
-    "min_lr",
-    "weight_decay",
-    "seed",
-    "clip_grad",
-)
+# The recipe that the configuration of a run names as its start.
+_PRESETS = {
+    "mae": "mae_script_defaults",
+    "rc_mae": "rc_mae_base_1600",
+    "dbot": "dbot_base_1600",
+    "sdae": "sdae_base_300",
+}
 
 
 def named_optimizer(
@@ -81,37 +67,21 @@ def recipe_of(contents: Contents, description: Description, groups: list[dict[st
     Raises:
         CheckpointError: If an option is missing, or no model of fastmim has these sizes.
     """
-    args = contents.training.get("args", {})
-    if contents.method not in _CONTINUED:
+    if contents.method not in _PRESETS:
         raise CheckpointError(
-            f"convert: pretrain cannot go on with {contents.layout}; leave --data out to keep "
-            "all of it in the folder"
+            f"convert: {contents.layout} does not tell the method, so pretrain cannot go on; leave "
+            "--data out to keep all of it in the folder"
         )
     if description.model is None or differing(description.model, description.sizes):
         raise CheckpointError(
             "convert: no model in fastmim.MODELS has these sizes, so no run can go on from here; "
             "for the weights alone give --out a name that ends in .safetensors"
         )
-    args = {"accum_iter": 1, "world_size": 1, **args}
-    wrong = [name for name in _NEEDED if type(args.get(name)) not in (int, float, bool)]
-    if wrong:
-        raise CheckpointError(f"convert: expected numbers in the file's args: {', '.join(wrong)}")
-    batch = args["batch_size"] * args["accum_iter"] * args["world_size"]
-    options = {name: args[name] for name in _SAME if args.get(name) is not None}
-    base_lr = args.get("blr")
-    if base_lr is None or base_lr * batch / 256 != args["lr"]:
-        base_lr = args["lr"] * 256 / batch
-    if contents.method == "rc_mae":
-        options["momentum_schedule"] = "official"
-        options["momentum"] = args.get("momentum_teacher", 0.996)
-        options["gamma"] = args.get("gamma", 1.0)
+    options = recipe_options(contents.method, contents.training.get("args", {}), description)
     try:
         return Recipe(
             model=description.model,
             img_size=description.img_size,
-            norm_pix=args["norm_pix_loss"],
-            batch_size=batch,
-            base_lr=base_lr,
             betas=tuple(groups[0]["betas"]),
             adam_eps=groups[0]["eps"],
             **options,
@@ -120,12 +90,13 @@ def recipe_of(contents: Contents, description: Description, groups: list[dict[st
         raise CheckpointError(f"convert: the file's options make no recipe: {error}") from error
 
 
-def args_of(recipe: dict[str, Any], method: str | None) -> dict[str, Any]:
-    """The options of the authors' scripts that a recipe stands for: :func:`recipe_of` backwards.
+def args_of(recipe: dict[str, Any], method: str | None, description: Description) -> dict[str, Any]:
+    """The options of the authors' scripts that a recipe stands for.
 
     Args:
         recipe: As plain values.
         method: Whose script it is.
+        description: Of the student.
 
     Raises:
         CheckpointError: If it is no recipe of this version.
@@ -134,19 +105,7 @@ def args_of(recipe: dict[str, Any], method: str | None) -> dict[str, Any]:
         known = recipe_from_dict(recipe)
     except (TypeError, ValueError) as error:
         raise CheckpointError(f"the checkpoint's recipe is of another version: {error}") from error
-    options = {name: getattr(known, name) for name in _SAME}
-    options |= dict(
-        model=known.model,
-        batch_size=known.batch_size,
-        accum_iter=1,
-        world_size=1,
-        blr=known.base_lr,
-        lr=known.lr,
-        norm_pix_loss=known.norm_pix,
-    )
-    if method == "rc_mae":
-        options |= dict(gamma=known.gamma, momentum_teacher=known.momentum)
-    return options
+    return script_options(known, method, description)
 
 
 def write_run(folder: Path, contents: Contents, description: Description, data: str | None) -> Path:
@@ -188,7 +147,9 @@ def write_run(folder: Path, contents: Contents, description: Description, data: 
                 f"convert: {contents.layout} holds no optimizer state and epoch to go on from; "
                 "leave --data out, and give --out a name that ends in .safetensors"
             )
-        config, step, more = _run(folder, contents, recipe_of(contents, description, groups), data)
+        recipe = recipe_of(contents, description, groups)
+        _check_teacher(contents, recipe)
+        config, step, more = _run(folder, contents, recipe, data)
         state |= more
     path = checkpoints.save(folder / CHECKPOINTS, step, parts, state)
     return path if config is None else write_config(folder, config)
@@ -217,7 +178,7 @@ def _run(
     micro_batch = args["batch_size"] * (args.get("world_size", 1) if official else 1)
     config = Pretrain(
         method=contents.method,
-        preset="mae_script_defaults" if contents.method == "mae" else "rc_mae_base_1600",
+        preset=_PRESETS[contents.method],
         data=Data(path=data),
         recipe=recipe,
         efficiency=Efficiency(micro_batch=micro_batch),
@@ -226,15 +187,42 @@ def _run(
     identity = run_identity(contents.method, to_dict(recipe), source)
     if official:
         identity["micro_batch"] = micro_batch
+    epoch = contents.training["epoch"]
     state = {
         "identity": identity,
+        "stage": _stage(contents, recipe, epoch),
         "config": to_dict(config),
         "precision": "fp16",
         "skipped_steps": 0,
         "bad_in_a_row": 0,
         "log_window": asdict(Window()),
     }
-    return config, (contents.training["epoch"] + 1) * per_epoch, state
+    return config, (epoch + 1) * per_epoch, state
+
+
+def _check_teacher(contents: Contents, recipe: Recipe) -> None:
+    """Refuse to go on without the teacher that the method has."""
+    if contents.method == "mae" or "teacher" in contents.networks:
+        return
+    where = "model_teacher in the file" if contents.method == "sdae" else "teacher in the file"
+    if contents.method == "dbot":
+        where = "checkpoint-teacher-X.pth beside checkpoint-X.pth, both with their own names"
+    raise CheckpointError(f"convert: the run cannot go on without its teacher; expected {where}")
+
+
+def _stage(contents: Contents, recipe: Recipe, epoch: int) -> int:
+    """Stage of the networks in a file that was written after an epoch.
+
+    Where a stage ends, dBOT writes one file before student and teacher are replaced; in one that
+    is written after it, the student is new.
+    """
+    student = contents.networks["student"]
+    new = all(
+        bool((tensor == (1.0 if "norm" in name and name.endswith("weight") else 0.0)).all())
+        for name, tensor in student.items()
+        if tensor.ndim == 1 and not name.startswith("patch_embed.")
+    )
+    return recipe.stage_at(epoch + new)
 
 
 def _plain(value: Any) -> Any:

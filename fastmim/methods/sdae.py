@@ -24,9 +24,12 @@ class SdAE(Method):
             teacher sees the whole image.
         cosine_dim: ``feature``: the similarity of two tokens. ``token``: as the released code has
             it, of a feature along the tokens of a fold.
-        momentum: Of the teacher at the start of the run, in [0, 1].
+        momentum: Of the teacher at the start of the run, in [0, 1], or after the warm-up.
         momentum_end: At its end; both read at the epoch, as in the released code.
+        momentum_warmup_epochs: Epochs in which the momentum climbs to ``momentum``.
+        momentum_start: Where it climbs from.
         teacher_update: When the teacher moves: after every ``epoch`` or every ``step``.
+        teacher_every: Only after every so many of them (``ema_frequent`` of the released code).
         teacher_init: ``own``: random weights and a random position table, as in the released code.
             ``student``: the student's.
         seed: Of the teacher's own weights.
@@ -48,7 +51,10 @@ class SdAE(Method):
         cosine_dim: Literal["feature", "token"] = "feature",
         momentum: float = 0.96,
         momentum_end: float = 0.99,
+        momentum_warmup_epochs: int = 0,
+        momentum_start: float = 0.0,
         teacher_update: Literal["epoch", "step"] = "epoch",
+        teacher_every: int = 1,
         teacher_init: Literal["own", "student"] = "own",
         seed: int = 0,
     ) -> None:
@@ -60,13 +66,25 @@ class SdAE(Method):
                 f"SdAE: {folds} folds do not divide {masked} masked patches; expected one of "
                 f"{', '.join(map(str, fits))}, or 0 for a teacher that sees the whole image"
             )
-        for name, value in (("momentum", momentum), ("momentum_end", momentum_end)):
+        for name, value in (
+            ("momentum", momentum),
+            ("momentum_end", momentum_end),
+            ("momentum_start", momentum_start),
+        ):
             if not 0.0 <= value <= 1.0:
                 raise ValueError(f"SdAE: expected {name} in [0, 1], got {value}")
+        if momentum_warmup_epochs < 0 or teacher_every < 1:
+            raise ValueError(
+                "SdAE: expected momentum_warmup_epochs of at least 0 and teacher_every of at least "
+                f"1, got {momentum_warmup_epochs} and {teacher_every}"
+            )
         self.folds = folds
         self.kind = {"feature": "cosine", "token": "cosine_token"}[cosine_dim]
         self.momentum = momentum
         self.momentum_end = momentum_end
+        self.momentum_warmup_epochs = momentum_warmup_epochs
+        self.momentum_start = momentum_start
+        self.teacher_every = teacher_every
         self.teacher_follows = teacher_update
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(seed)
@@ -105,7 +123,15 @@ class SdAE(Method):
         return teacher.encode_patches(imgs, masks.ids_masked, folds=self.folds)[:, 1:]
 
     def teacher_momentum(self, clock: Clock) -> float:
-        return cosine_momentum(self.momentum, clock.epoch / clock.epochs, self.momentum_end)
+        turn = clock.epoch if self.teacher_follows == "epoch" else clock.step
+        if (turn + 1) % self.teacher_every:
+            return 1.0  # not its turn
+        warmup = self.momentum_warmup_epochs
+        if clock.epoch < warmup:
+            climbed = clock.epoch / max(1, warmup - 1)
+            return self.momentum_start + (self.momentum - self.momentum_start) * climbed
+        progress = (clock.epoch - warmup) / (clock.epochs - warmup)
+        return cosine_momentum(self.momentum, progress, self.momentum_end)
 
     def update_teacher(self, momentum: float | None = None) -> None:
         """Move the teacher towards the student; for loops that do not use ``fastmim.train``.

@@ -3,6 +3,7 @@
 import copy
 from collections.abc import Callable
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
@@ -29,14 +30,15 @@ class Teacher(nn.Module):
 class FrozenTeacher(Teacher):
     """A network whose features of whole images are predicted (dBOT, arXiv:2209.03917).
 
-    Any ``nn.Module`` serves: an encoder of this library, a ViT of timm, CLIP or DINO.
+    Any ``nn.Module`` serves: an encoder of this library, a ViT of timm, of transformers (CLIP's
+    vision model, DINOv2) or of DINOv2's own repository, or, with ``features``, another network.
 
     Args:
         module: The network.
         features: ``features(module, imgs)`` gives (B, N + 1, D), cls token first, or (B, N, D),
             patches row-major; ``imgs`` are then floating point and normalised as the student's.
-            Default, for a :class:`fastmim.nn.Encoder`: the output of its last block, without the
-            final norm.
+            Default: of a :class:`fastmim.nn.Encoder` the output of its last block, without the
+            final norm; of other modules :func:`vit_tokens`.
         img_size: Height and width of the images it takes; others are resized. A teacher with
             another patch size sees as many patches as its student in images of another size.
     """
@@ -50,10 +52,7 @@ class FrozenTeacher(Teacher):
     ) -> None:
         super().__init__(module)
         if features is None and not isinstance(module, Encoder):
-            raise ValueError(
-                f"FrozenTeacher: {type(module).__name__} is no encoder of fastmim; give features, "
-                "a function of it and of the images that returns (B, N + 1, D) or (B, N, D)"
-            )
+            features = vit_tokens
         self.features = features
         self.img_size = img_size
 
@@ -88,6 +87,37 @@ class FrozenTeacher(Teacher):
                 "the student's rows and columns times the teacher's patch size"
             )
         return tokens
+
+
+def vit_tokens(module: nn.Module, imgs: Tensor) -> Tensor:
+    """Tokens of a ViT of another library, after its own final norm if it has one.
+
+    Register and distillation tokens, between the cls token and the patches, are left out.
+
+    Args:
+        module: Gives, by ``forward_features`` or when called, tokens (timm), an output with
+            ``last_hidden_state`` (transformers) or DINOv2's dictionary.
+        imgs: (B, C, H, W), floating point and normalised.
+
+    Returns:
+        (B, N + 1, D), cls token first; (B, N, D) of a ViT without one.
+
+    Raises:
+        ValueError: If the module gives something else.
+    """
+    output = getattr(module, "forward_features", module)(imgs)
+    if isinstance(output, dict) and "x_norm_patchtokens" in output:
+        return torch.cat([output["x_norm_clstoken"][:, None], output["x_norm_patchtokens"]], dim=1)
+    tokens = getattr(output, "last_hidden_state", output)
+    if not isinstance(tokens, Tensor) or tokens.ndim != 3:
+        got = tuple(tokens.shape) if isinstance(tokens, Tensor) else type(tokens).__name__
+        raise ValueError(
+            f"FrozenTeacher: {type(module).__name__} gives {got}, expected tokens (B, N + 1, D) or "
+            "(B, N, D); give features, a function of it and of the images that returns them"
+        )
+    registers = getattr(getattr(module, "config", None), "num_register_tokens", 0)
+    others = getattr(module, "num_prefix_tokens", 1 + registers) - 1  # beside the cls token
+    return tokens if others < 1 else torch.cat([tokens[:, :1], tokens[:, 1 + others :]], dim=1)
 
 
 class EMATeacher(Teacher):

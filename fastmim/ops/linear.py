@@ -39,8 +39,12 @@ def weight_grad(grad: Tensor, x: Tensor) -> Tensor:
     return _weight_grad(grad, x)
 
 
+# A constant: torch.compile cannot trace the question.
+_HAS_AVX512 = torch.backends.cpu.get_cpu_capability() == "AVX512"
+
+
 def _onednn_is_faster(x: Tensor) -> bool:
-    return on_cpu(x) and torch.backends.cpu.get_cpu_capability() == "AVX512"
+    return on_cpu(x) and _HAS_AVX512
 
 
 @functools.cache

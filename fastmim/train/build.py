@@ -1,10 +1,12 @@
 """From a configuration, or from a saved run, to the objects that train."""
 
 import contextlib
+import functools
 import hashlib
 import inspect
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -168,39 +170,117 @@ def untrained_network(identity: dict) -> MaskedAutoencoder:
 
 
 def load_teacher(path: str | Path, student: Encoder) -> FrozenTeacher:
-    """The encoder of a saved run, of any size and patch size, as teacher of a student.
+    """The encoder of a saved run or of a published file, of any size, as teacher of a student.
 
     It sees as many patches as the student: its position table is interpolated to their grid, and
     with another patch size its images are resized.
 
     Args:
-        path: Folder of a run, or of one checkpoint, of any method.
+        path: Folder of a run, or of one checkpoint, of any method; or a file of any layout that
+            ``fastmim convert`` reads, of which it takes the network that the authors fine-tune.
         student: Tells the grid of patches and the channels.
 
     Raises:
-        CheckpointError: If there is no valid checkpoint, or the images have other channels.
+        CheckpointError: If there is no valid checkpoint, the images have other channels, or the
+            file does not tell the sizes.
     """
+    place = Path(path)
+    found = _published_encoder(place, student) if place.is_file() else _encoder_of_run(place)
+    if found.in_chans != student.patch_embed.in_chans:
+        raise CheckpointError(
+            f"{path}: a teacher of {found.in_chans} channels for a student of "
+            f"{student.patch_embed.in_chans}"
+        )
+    size = tuple(side * found.patch_size for side in student.grid_size)
+    encoder = found.make(img_size=size, drop_path=0.0)
+    table = resize_pos_embed(found.state["pos_embed"], found.grid, student.grid_size)
+    wanted = encoder.state_dict()
+    state = {n: found.state[n].to(wanted[n].dtype) for n in wanted if n in found.state}
+    state["pos_embed"] = table.to(wanted["pos_embed"].dtype)
+    check_parts(state, wanted, f"{path}: teacher")
+    encoder.load_state_dict(state)
+    return FrozenTeacher(encoder, img_size=size)
+
+
+class _SavedEncoder(NamedTuple):
+    """What a teacher is made of."""
+
+    state: dict[str, Tensor]  # a decoder's tensors may be among them
+    grid: tuple[int, int]
+    patch_size: int
+    in_chans: int
+    make: Callable[..., Encoder]
+
+
+def _encoder_of_run(path: Path) -> _SavedEncoder:
     found = _checkpoint_at(path)
     with _of_a_run(found):
         identity = found.state["identity"]
         network = untrained_network(identity)
         depths = identity["recipe"].get("stage_depths")
         part = _method_class(identity["method"]).features_of
-    if network.patch_embed.in_chans != student.patch_embed.in_chans:
+    return _SavedEncoder(
+        found.parts[part],
+        network.grid_size,
+        network.patch_size,
+        network.patch_embed.in_chans,
+        functools.partial(
+            network.fresh_encoder,
+            depth=depths[found.state["stage"]] if depths else len(network.blocks),
+        ),
+    )
+
+
+def _published_encoder(path: Path, student: Encoder) -> _SavedEncoder:
+    state, found, sizes = _published(path)
+    make = functools.partial(  # it normalises uint8 images as the student does
+        student.fresh_encoder, **sizes, memory="standard", residual_dtype=None
+    )
+    return _SavedEncoder(state, found.grid, found.sizes.patch_size, found.sizes.in_chans, make)
+
+
+def published_encoders(path: str | Path, source: Source) -> dict[str, Encoder]:
+    """Every network of a published file, without its decoder, and one with initial weights.
+
+    Args:
+        path: Of any layout that ``fastmim convert`` reads.
+        source: Tells how uint8 images are normalised.
+
+    Raises:
+        CheckpointError: If the file is damaged or unknown, or does not tell the sizes.
+    """
+    path, which, encoders = Path(path), [None], {}
+    while which:
+        state, found, sizes = _published(path, which.pop())
+        if source.channels == sizes["in_chans"]:
+            sizes |= dict(pixel_mean=source.mean, pixel_std=source.std)
+        encoder = Encoder(img_size=found.img_size, **sizes)
+        check_parts(state, encoder.state_dict(), str(path))
+        encoder.load_state_dict(state)
+        encoders[found.network] = encoder
+        which = [name for name in found.available if name not in encoders]
+    return {**encoders, "untrained network": encoder.fresh_encoder()}
+
+
+def _published(path: Path, which: str | None = None) -> tuple[dict[str, Tensor], Any, dict]:
+    """Tensors of an encoder, their description, and the arguments of :class:`Encoder`."""
+    from fastmim.interop import load_weights  # it makes runs, so its modules import this one
+
+    state, found = load_weights(path, which=which, encoder_only=True)
+    if found.grid is None or found.num_heads is None:
         raise CheckpointError(
-            f"{found.path}: a teacher of {network.patch_embed.in_chans} channels for a student of "
-            f"{student.patch_embed.in_chans}"
+            f"{path}: the file does not tell the {'heads' if found.grid else 'grid of patches'}; "
+            "name its model in fastmim convert --model NAME --out X.safetensors, and take that file"
         )
-    size = tuple(side * network.patch_size for side in student.grid_size)
-    depth = depths[found.state["stage"]] if depths else len(network.blocks)
-    encoder = network.fresh_encoder(img_size=size, depth=depth, drop_path=0.0)
-    saved = found.parts[part]
-    table = resize_pos_embed(saved["pos_embed"], network.grid_size, student.grid_size)
-    wanted = encoder.state_dict()
-    state = {**{name: saved[name] for name in wanted if name in saved}, "pos_embed": table}
-    check_parts(state, wanted, f"{found.path}: teacher")
-    encoder.load_state_dict(state)
-    return FrozenTeacher(encoder, img_size=size)
+    sizes = dict(
+        embed_dim=found.sizes.embed_dim,
+        depth=found.sizes.depth,
+        num_heads=found.num_heads,
+        patch_size=found.sizes.patch_size,
+        in_chans=found.sizes.in_chans,
+        mlp_ratio=found.sizes.hidden / found.sizes.embed_dim,
+    )
+    return state, found, sizes
 
 
 def teacher_identity(paths: tuple[str, ...]) -> list[str]:
@@ -209,14 +289,14 @@ def teacher_identity(paths: tuple[str, ...]) -> list[str]:
     Args:
         paths: As ``Recipe.teachers`` has them.
     """
-    return [
-        path
-        if path == OWN_TEACHER
-        else hashlib.sha256(
-            (_checkpoint_at(path).path / "manifest.json").read_bytes()  # holds sums of the weights
-        ).hexdigest()[:16]
-        for path in paths
-    ]
+    return [path if path == OWN_TEACHER else _digest(Path(path)) for path in paths]
+
+
+def _digest(path: Path) -> str:
+    """Of a file, or of the manifest of a checkpoint, which holds sums of the weights."""
+    if not path.is_file():
+        path = _checkpoint_at(path).path / "manifest.json"
+    return hashlib.sha256(path.read_bytes()).hexdigest()[:16]
 
 
 def restore_run(path: str | Path) -> tuple[Checkpoint, Method]:

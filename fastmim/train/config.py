@@ -39,11 +39,15 @@ class Recipe:
             the released code does, restarted every epoch and applied after every micro-batch, so
             that efficiency.micro_batch changes the result (RC-MAE).
         momentum_end: Of the EMA teacher at the end of the run (SdAE).
+        momentum_warmup_epochs: Epochs in which the momentum climbs from momentum_start to momentum
+            (SdAE).
+        momentum_start: Of the EMA teacher at the start of such a warm-up (SdAE).
         folds: Parts into which the masked patches are cut for the teacher; must divide their
             number. 0: the teacher sees the whole image (SdAE).
         cosine_dim: feature: similarity of two tokens. token: what the released code does, of a
             feature along the tokens of a fold (SdAE).
         teacher_update: When the teacher moves (SdAE).
+        teacher_every: It moves after every so many epochs or steps only (SdAE).
         teacher_init: own: the teacher starts from random weights of its own. student: from the
             student's (SdAE).
         stage_epochs: Epochs at which stages begin, and the end: [0, 800, 1600] are two stages;
@@ -54,8 +58,9 @@ class Recipe:
             as the released code does (dBOT).
         teacher_depth: Blocks of the first, random teacher; none: those of the model (dBOT).
         teachers: Teacher of each stage: own (random at first, then the student of the stage
-            before), or the folder of a run or checkpoint of fastmim. Stages that are not named
-            have their own (dBOT).
+            before), the folder of a run or checkpoint of fastmim, or a file of the authors, timm
+            or Hugging Face as fastmim convert reads it. Stages that are not named have their own
+            (dBOT).
         projection: Give the student's head the width of each teacher, so that teachers of another
             width can be used (dBOT).
         seed: Of initial weights, order, crops and masks.
@@ -82,9 +87,12 @@ class Recipe:
     momentum: float = 0.996
     momentum_schedule: Literal["cosine", "official"] = "cosine"
     momentum_end: float = 0.99
+    momentum_warmup_epochs: int = 0
+    momentum_start: float = 0.0
     folds: int = 3
     cosine_dim: Literal["feature", "token"] = "feature"
     teacher_update: Literal["epoch", "step"] = "epoch"
+    teacher_every: int = 1
     teacher_init: Literal["own", "student"] = "own"
     stage_epochs: tuple[int, ...] | None = None
     stage_depths: tuple[int, ...] | None = None
@@ -136,6 +144,12 @@ class Recipe:
             gamma=(0 <= self.gamma < math.inf, "at least 0"),
             momentum=(0 <= self.momentum <= 1, "between 0 and 1"),
             momentum_end=(0 <= self.momentum_end <= 1, "between 0 and 1"),
+            momentum_warmup_epochs=(
+                0 <= self.momentum_warmup_epochs < self.epochs,
+                f"at least 0 and fewer than recipe.epochs, which is {self.epochs}",
+            ),
+            momentum_start=(0 <= self.momentum_start <= 1, "between 0 and 1"),
+            teacher_every=(self.teacher_every >= 1, "at least 1"),
             folds=(self.folds >= 0, "at least 0"),
             seed=(0 <= self.seed < 2**63, "in [0, 2**63)"),
         )
@@ -227,17 +241,20 @@ class Data:
 
 @dataclass(frozen=True)
 class Evaluation:
-    """kNN accuracy of the features, the sign that pre-training works. Needs labels.
+    """How good the features are, the sign that pre-training works. Needs labels.
 
     Args:
         knn_every: Epochs between evaluations during the run; 0: none.
         knn_at_end: Compare teacher, student, the untrained network and raw pixels when the run
             ends, if there are labels.
-        bank: Labelled images to search in. Default: the training images.
-        queries: Labelled images to classify. Default: every bank image against all others.
+        bank: Labelled images to search in, or to train a classifier on. Default: the training
+            images.
+        queries: Labelled images to classify. Default: by kNN every bank image against all others,
+            by a classifier a fifth of the bank that it is not trained on.
         limit: Images of the bank used at most; 0: all.
         k: Neighbours.
         temperature: Of the votes.
+        pool: Feature of an image: mean of its patch tokens, or the cls token.
         crop_ratio: Crop size divided by the size to which the short side is resized.
     """
 
@@ -248,6 +265,7 @@ class Evaluation:
     limit: int = 10000
     k: int = 20
     temperature: float = 0.07
+    pool: Literal["mean", "cls"] = "mean"
     crop_ratio: float = 1.0
 
     def __post_init__(self) -> None:

@@ -45,7 +45,9 @@ _SDAE = dict(
     folds=3,
     cosine_dim="feature",
     teacher_update="epoch",
+    teacher_every=1,
     teacher_init="own",
+    momentum_warmup_epochs=0,
 )
 _SDAE_SOURCE = "SdAE's {} (arXiv:2208.00449): 8 GPUs x 96; its code has recipe.cosine_dim token"
 _LARGE_BATCH = dict(micro_batch=256, workers=min(8, os.cpu_count() or 1))
