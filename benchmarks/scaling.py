@@ -22,10 +22,9 @@ import torch.distributed as dist
 from measure import synchronize
 from peers import Case, FastMIM
 from suite import Column, Options, Suite
-from torch import Tensor
-from torch.nn.parallel import DistributedDataParallel
+from torch import Tensor, nn
 
-from fastmim.methods import Method
+from fastmim.train.distributed import World
 
 NAME = "scaling"
 SHAPES = steps.SHAPES
@@ -147,18 +146,15 @@ def _quantiles(seconds: list[float]) -> dict:
     return dict(y_value_50=p50, y_value_20=p20, y_value_80=p80, n=len(seconds))
 
 
-class _Synchronised:
-    """A method whose loss is computed through DistributedDataParallel."""
+class _World(World):
+    """Averages gradients unless it is told not to."""
 
-    def __init__(self, method: Method) -> None:
-        self._method = method
-        self.parallel = DistributedDataParallel(method)
+    averaging = True
 
-    def __call__(self, *args, **kwargs):
-        return self.parallel(*args, **kwargs)
-
-    def __getattr__(self, name: str):
-        return getattr(self._method, name)
+    def accumulating(
+        self, module: nn.Module, last: bool
+    ) -> contextlib.AbstractContextManager[None]:
+        return super().accumulating(module, last and self.averaging)
 
 
 class _Together(FastMIM):
@@ -166,11 +162,14 @@ class _Together(FastMIM):
 
     def __init__(self, case: Case, device: torch.device) -> None:
         super().__init__(case)
-        self._synchronised = _Synchronised(self._engine.method)
-        self._engine.method = self._synchronised
         self._next_step = _calls(self, case)
         self._trained = [p for p in self.student.parameters() if p.requires_grad]
         self._values = torch.zeros(sum(p.numel() for p in self._trained), device=device)
+
+    def world(self) -> World:
+        self._world = _World(timeout_minutes=30)
+        self._world.choose("ddp")
+        return self._world
 
     def equal_everywhere(self) -> bool:
         """Whether equal students are equal after steps on images that are not."""
@@ -182,8 +181,9 @@ class _Together(FastMIM):
         self._next_step()
 
     def unsynchronised(self) -> None:
-        with self._synchronised.parallel.no_sync():
-            self._next_step()
+        self._world.averaging = False
+        self._next_step()
+        self._world.averaging = True
 
     def average(self) -> None:
         dist.all_reduce(self._values)

@@ -9,6 +9,7 @@ from fastmim import create_model
 from fastmim.methods import METHODS
 from fastmim.ops import masks_from_shuffle, use_backend
 from fastmim.train import Engine
+from fastmim.train.distributed import World
 from peers.base import Batch, Case, StepProgram, autocast
 
 
@@ -38,8 +39,14 @@ class FastMIM(StepProgram):
         method.to(case.device)
         self.case = case
         self.student = method.student
-        self._engine = Engine(method, recipe, precision=case.dtype, steps_per_epoch=10**6)
+        self._engine = Engine(
+            method, recipe, precision=case.dtype, steps_per_epoch=10**6, world=self.world()
+        )
         self._step = itertools.count()
+
+    def world(self) -> World | None:
+        """Processes that train together; None: this one."""
+        return None
 
     def loss(self, imgs: Tensor, ids_shuffle: Tensor) -> Tensor:
         masks = masks_from_shuffle(ids_shuffle, self._engine.num_keep)
