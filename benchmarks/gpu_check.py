@@ -63,6 +63,7 @@ TESTS: dict[str, tuple[tuple[str, ...], dict]] = {
 # Files that ask for the device under test and run nothing on a GPU, with the reason.
 TESTS_LEFT_OUT = {
     "test_interpreter.py": "of Triton's interpreter, which serves where there is no GPU",
+    "test_runs.py": "runs on the CPU; compares with Triton's interpreter",
 }
 
 _FOUND = 9  # exit status of compute-sanitizer when it has found something

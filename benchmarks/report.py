@@ -4,7 +4,6 @@ What was measured and what is predicted stand under headings of their own and ar
 """
 
 import argparse
-import importlib.util
 import re
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -88,8 +87,8 @@ def _machine(name: str, path: Path, suites: Sequence[Suite]) -> Iterator[str]:
             yield _about(of_suite) + "\n"
             yield rows_of.markdown(of_suite, suite.COLUMNS) + "\n"
     learning = [row for row in rows if row["suite"] == "learning"]
-    if learning and importlib.util.find_spec("learning"):
-        from learning import table
+    if learning:
+        from learning import table  # sets how threads wait, which must not touch timings
 
         yield "#### What the methods learn\n"
         yield table(learning) + "\n"

@@ -85,15 +85,15 @@ def test_a_step_in_the_authors_style_moves_weights_and_teacher_as_the_best_one(m
 
 
 @pytest.mark.parametrize(
-    ("name", "method", "device", "reason"),
+    ("name", "method", "kind", "reason"),
     [
         ("flash-attn", "mae", "cpu", "needs a GPU"),
         ("hf", "dbot", "cpu", "trains mae, rc_mae only"),
         ("plain", "sdae", "cpu", None),
     ],
 )
-def test_a_program_says_why_it_cannot_do_a_case(name, method, device, reason):
-    of = dataclasses.replace(case(method), device=device)
+def test_a_program_says_why_it_cannot_do_a_case(name, method, kind, reason):
+    of = dataclasses.replace(case(method), device=kind)
     assert peers.PEERS[name].missing(of) == reason
 
 

@@ -312,6 +312,21 @@ def test_measured_and_predicted_stand_apart_and_the_newest_row_counts(tmp_path):
     assert "RC-MAE" in predicted
 
 
+def test_what_the_methods_learn_is_part_of_the_results(tmp_path):
+    folder = tmp_path / "some-cpu"
+    folder.mkdir()
+    row = dict(
+        suite="learning", method="rc_mae", network="teacher", meant=True, train="a", test="b",
+        train_images=90, test_images=100, steps=5, epochs=1, batch_size=18, seed=0, k=20,
+        model="vit", cpu_name="a CPU", torch="2", commit="abc", knn_accuracy=0.5,
+        linear_accuracy=0.625,
+    )  # fmt: skip
+    (folder / "2026-01-02.jsonl").write_text(json.dumps(row))
+    measured, _, _ = report.render(tmp_path, run.SUITES).partition("## Predicted")
+    assert "What the methods learn" in measured
+    assert "| RC-MAE | teacher (meant to be used) | 50.0 | 62.5 |" in measured
+
+
 def test_pinning_takes_one_core_for_each_thread():
     before = os.sched_getaffinity(0)
     try:
