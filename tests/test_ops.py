@@ -162,6 +162,8 @@ def test_repeats_to_the_bit(op, backend, shape, device):
 def test_any_layout_gives_the_contiguous_result(op, backend, shape, layout, device):
     if layout is expanded and op.name in IN_PLACE:
         pytest.skip("memory that is written cannot be shared")
+    if layout is expanded and op.name.startswith("attention_varlen"):
+        pytest.skip("starts that are all the same cut no sequences")
     args = make(op, shape, device, usual(op, backend))
     laid_out = tree_map(lambda leaf: layout(leaf) if isinstance(leaf, Tensor) else leaf, args)
     contiguous = tree_map(
