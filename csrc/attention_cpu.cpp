@@ -44,12 +44,15 @@ struct Product {
   FASTMIM_INLINE static void panel(const float* a, int64_t a_row, int64_t a_depth, const float* b,
                                    int64_t b_row, int64_t rows, int64_t depth, float* c,
                                    int64_t c_row) {
-    constexpr int ROWS = VECTORS < 3 ? 12 : VECTORS == 3 ? 8 : 6;  // 12 to 24 sums in registers
+    // 12 to 24 sums in 32 registers; in 16 of them 12, with 2 of the right operand and 1 of the left.
+    constexpr int ROWS = W < 16 ? 12 / VECTORS : VECTORS < 3 ? 12 : VECTORS == 3 ? 8 : 6;
     int64_t i = 0;
     for (; i + ROWS <= rows; i += ROWS)
       tile<ROWS, VECTORS>(a + i * a_row, a_row, a_depth, b, b_row, depth, c + i * c_row, c_row);
     for (; i + 4 <= rows; i += 4)
       tile<4, VECTORS>(a + i * a_row, a_row, a_depth, b, b_row, depth, c + i * c_row, c_row);
+    for (; i + 2 <= rows; i += 2)
+      tile<2, VECTORS>(a + i * a_row, a_row, a_depth, b, b_row, depth, c + i * c_row, c_row);
     for (; i < rows; ++i)
       tile<1, VECTORS>(a + i * a_row, a_row, a_depth, b, b_row, depth, c + i * c_row, c_row);
   }
@@ -58,10 +61,12 @@ struct Product {
   FASTMIM_INLINE static void run(const float* a, int64_t a_row, int64_t a_depth, const float* b,
                                  int64_t rows, int64_t depth, int64_t columns, float* c) {
     int64_t j = 0;
-    for (; j + 4 * W <= columns; j += 4 * W)
-      panel<4>(a, a_row, a_depth, b + j, columns, rows, depth, c + j, columns);
+    constexpr int WIDEST = W < 16 ? 2 : 4;
+    for (; j + WIDEST * W <= columns; j += WIDEST * W)
+      panel<WIDEST>(a, a_row, a_depth, b + j, columns, rows, depth, c + j, columns);
     const int64_t left = (columns - j) / W;
-    if (left == 3) panel<3>(a, a_row, a_depth, b + j, columns, rows, depth, c + j, columns);
+    if constexpr (WIDEST > 3)
+      if (left == 3) panel<3>(a, a_row, a_depth, b + j, columns, rows, depth, c + j, columns);
     if (left == 2) panel<2>(a, a_row, a_depth, b + j, columns, rows, depth, c + j, columns);
     if (left == 1) panel<1>(a, a_row, a_depth, b + j, columns, rows, depth, c + j, columns);
   }
@@ -345,6 +350,7 @@ Shape check_apart(const Checks& checks, const Tensor& q, const Tensor& kv) {
   check_dtype(checks, "q", q);
   checks.shape("kv", kv, {q.size(0), kv.dim() > 1 ? kv.size(1) : 0, 2, q.size(2), q.size(3)});
   checks.dtype("kv", kv.scalar_type(), kv.scalar_type() == q.scalar_type());
+  if (kv.size(1) < 1) refuse(checks.op, ": expected at least one key, got kv ", shape_of(kv));
   return {q.size(0), q.size(1), kv.size(1), q.size(2), q.size(3), false, nullptr, 0};
 }
 

@@ -141,7 +141,7 @@ def triton_refuses(call: Call) -> str | None:
     if call.dtype not in _TRITON_DTYPES:
         return f"it takes float16, bfloat16 and float32, not {call.dtype}"
     most = next((tokens for width, tokens in _TRITON_TOKENS.items() if d <= width), 0)
-    if not (1 <= m and 1 <= n and 1 <= d and max(m, n) <= most):
+    if not (m >= 1 and n >= 1 and d >= 1 and max(m, n) <= most):
         return f"{m} queries and {n} keys of head dim {d} do not fit in its registers"
     if not call.scale > 0:
         return f"it needs a positive scale, not {call.scale}"
