@@ -4,8 +4,8 @@ Queries, keys and values are rows of D values. They lie packed, (B, N, 3, H, D),
 (B, M, H, D) and keys with values (B, N, 2, H, D); or packed without a batch, (T, 3, H, D), with the
 first row of each sequence in a tensor.
 
-The rows of a head are cut into chunks (of 64, in float32 of 16) and a tail of 16, 32 or 64, so that
-65, 197 and 257 are padded to 80, 208 and 272. Only tails are masked, and all chunks of sequences of
+The rows of a head are cut into chunks of 64 (of 32 or 16 where registers are short) and a tail of
+16, 32 or 64, so that 65, 197 and 257 are padded to 80, 208 and 272. Only tails are masked, and all chunks of sequences of
 various lengths. The forward pass keeps all scores of a chunk of queries in registers: no running
 maximum, no rescaling. 4 * M * N * D FLOP and (2 * M + 2 * N) * D * itemsize bytes for a head.
 
@@ -34,7 +34,7 @@ from torch import Tensor
 # Fused, scale and maximum take one instruction. Without a loop over loads there is nothing to
 # pipeline. 4 warps: one group of them multiplies 64 rows on sm_90; 8 would compute them twice.
 OPTIONS = {"enable_fp_fusion": True, "num_stages": 1, "num_warps": 4}
-CHUNK, SWEPT_CHUNK, FLOAT32_CHUNK = 64, 32, 16
+CHUNK = 64
 LOG2_E = tl.constexpr(math.log2(math.e))
 LN_2 = tl.constexpr(math.log(2.0))
 
@@ -634,7 +634,8 @@ def _last(count: int, chunk: int) -> int:
 
 
 def _forward(call: _Call, out: Tensor, lse: Tensor) -> tuple[Tensor, Tensor]:
-    chunk = CHUNK if call.half else FLOAT32_CHUNK
+    wide = call.shape()["BLOCK_D"] == 128 and call.keys > 80  # their scores need the registers
+    chunk = CHUNK if call.half and not wide else 32
     if out.numel():
         with torch.cuda.device_of(call.q):
             _attention_kernel[call.grid](
@@ -646,7 +647,7 @@ def _forward(call: _Call, out: Tensor, lse: Tensor) -> tuple[Tensor, Tensor]:
                 FULL_M=_full(call.queries, chunk),
                 LAST_M=call.last(call.queries, chunk),
                 PRECISION=call.precision(),
-                **OPTIONS,
+                **OPTIONS | {"num_warps": 4 if chunk == CHUNK else 8},
             )
     return out, lse
 
@@ -680,7 +681,7 @@ def _backward(
                 **OPTIONS,
             )
         else:
-            chunk = SWEPT_CHUNK if call.half else FLOAT32_CHUNK
+            chunk = 32 if call.half else 16
             warps = 8 if shape["BLOCK_D"] == 128 or not call.half else 4
             _attention_bwd_swept_kernel[grid](
                 *(*given, *kept, *grads, call.starts, call.scale, *call.counts),

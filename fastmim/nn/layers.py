@@ -235,11 +235,13 @@ class Block(nn.Module):
         """
         stream = x if isinstance(x, Residual) else Residual(x)
         if self.memory == "checkpoint" and torch.is_grad_enabled():
-            whole = Residual(stream.total())
-            stream = checkpoint(self._transform, whole, ids, scale, **_CHECKPOINT)
+            stream = checkpoint(self._again, stream.total(), ids, scale, **_CHECKPOINT)
         else:
             stream = self._transform(stream, ids, scale)
         return stream if isinstance(x, Residual) else stream.total()
+
+    def _again(self, x: Tensor, ids: Tensor | None, scale: Tensor | None) -> Residual:
+        return self._transform(Residual(x), ids, scale)
 
     @property
     def lean(self) -> bool:

@@ -74,6 +74,8 @@ WORDS: dict[str, tuple[str, str | None]] = {
 # Of the Triton kernels: the most tokens by padded head dim, for which a chunk of queries with all
 # its scores fits in registers; see docs/kernels.md.
 _TRITON_TOKENS = {16: 272, 32: 272, 64: 208, 128: 208}
+# Exact products of float32 take a minute to compile for long sequences, and spill.
+_TRITON_TOKENS_FLOAT32 = {16: 80, 32: 80, 64: 80}
 _TRITON_DTYPES = (torch.float16, torch.bfloat16, torch.float32)
 
 
@@ -140,7 +142,8 @@ def triton_refuses(call: Call) -> str | None:
     m, n, d = call.queries, call.keys, call.head_dim
     if call.dtype not in _TRITON_DTYPES:
         return f"it takes float16, bfloat16 and float32, not {call.dtype}"
-    most = next((tokens for width, tokens in _TRITON_TOKENS.items() if d <= width), 0)
+    limits = _TRITON_TOKENS_FLOAT32 if call.dtype == torch.float32 else _TRITON_TOKENS
+    most = next((tokens for width, tokens in limits.items() if d <= width), 0)
     if not (m >= 1 and n >= 1 and d >= 1 and max(m, n) <= most):
         return f"{m} queries and {n} keys of head dim {d} do not fit in its registers"
     if not call.scale > 0:
