@@ -118,8 +118,8 @@ def _footprint(step: Step, model: str, batch: int) -> Footprint:
     every = sum(p.numel() for p in student.parameters())
     sizes = _sizes(model)
     side, patches = sizes["img_size"], (sizes["img_size"] // sizes["patch_size"]) ** 2
-    imgs = torch.empty(batch, 3, side, side, dtype=torch.uint8)
-    ids_shuffle = torch.empty(batch, patches, dtype=torch.int64)
+    imgs = torch.zeros(batch, 3, side, side, dtype=torch.uint8)
+    ids_shuffle = torch.arange(patches).expand(batch, -1).contiguous()
     with torch.autocast("cpu", torch.bfloat16):
         saved = kept(lambda: loss(imgs, ids_shuffle), [imgs, *student.parameters()])
     width, tokens = sizes["decoder_embed_dim"], patches + 1

@@ -5,9 +5,10 @@ Queries, keys and values are rows of D values. They lie packed, (B, N, 3, H, D),
 first row of each sequence in a tensor.
 
 The rows of a head are cut into chunks of 64 (of 32 or 16 where registers are short) and a tail of
-16, 32 or 64, so that 65, 197 and 257 are padded to 80, 208 and 272. Only tails are masked, and all chunks of sequences of
-various lengths. The forward pass keeps all scores of a chunk of queries in registers: no running
-maximum, no rescaling. 4 * M * N * D FLOP and (2 * M + 2 * N) * D * itemsize bytes for a head.
+16, 32 or 64, so that 65, 197 and 257 are padded to 80, 208 and 272. Only tails are masked, and all
+chunks of sequences of various lengths. The forward pass keeps all scores of a chunk of queries in
+registers: no running maximum, no rescaling. It takes 4 * M * N * D FLOP and 2 * (M + N) * D *
+itemsize bytes for a head.
 
 Three backward passes, one writer per output and no atomics in any of them: deterministic.
 

@@ -314,7 +314,6 @@ QUERIES_SHAPES = {
     "edge_decoder": dict(b=1, m=147, n=197, h=1, d=32),
     "edge_decoder_h14": dict(b=1, m=193, n=257, h=1, d=32),
     "decoder": dict(b=256, m=147, n=197, h=16, d=32),
-    "decoder_with_cls": dict(b=256, m=148, n=197, h=16, d=32),
     "decoder_h14": dict(b=256, m=192, n=257, h=16, d=32),
 }
 
