@@ -56,7 +56,7 @@ SPILLS_ALLOWED: dict[str, tuple[int, str]] = {
     "attention:_attention_bwd_long_kernel": (
         170,
         "257 tokens, and queries apart from keys: loads of constants before and behind the loop "
-        "over keys, few in it; sm_100 has none; the two sweeps have none but 1.4 times the products",
+        "over keys, few in it; sm_100 has none; two sweeps: none, but 1.4 times the products",
     ),
     "attention:_attention_bwd_swept_kernel": (
         120,

@@ -198,9 +198,9 @@ def test_counted_memory_is_that_of_a_real_step(memory, monkeypatch, mode, most):
     small = dict(patch_size=16, embed_dim=64, depth=24, num_heads=2)
     small |= dict(decoder_embed_dim=32, decoder_depth=8, decoder_num_heads=1)
     monkeypatch.setitem(memory.MODELS, "small_large", small)
+    monkeypatch.setattr(memory, "MEMORY_MODES", (mode,))
     counted = dict(memory.footprints("small_large", 2))
     monkeypatch.setattr(memory, "FakeTensorMode", contextlib.nullcontext)
-    monkeypatch.setattr(memory, "MEMORY_MODES", (mode,))
     real = dict(memory.footprints("small_large", 2))
     for name, footprint in real.items():
         assert footprint.saved == counted[name].saved

@@ -311,8 +311,7 @@ QUERIES_SHAPES = {
     "edge_empty": dict(b=0, m=2, n=4, h=2, d=8),
     "edge_no_query": dict(b=2, m=0, n=4, h=1, d=8),
     "edge_tiny": dict(b=1, m=48, n=65, h=2, d=16),
-    "edge_decoder": dict(b=1, m=147, n=197, h=1, d=32),
-    "edge_decoder_h14": dict(b=1, m=193, n=257, h=1, d=32),
+    "edge_two_chunks": dict(b=1, m=66, n=80, h=1, d=32),
     "decoder": dict(b=256, m=147, n=197, h=16, d=32),
     "decoder_h14": dict(b=256, m=192, n=257, h=16, d=32),
 }
