@@ -1,9 +1,11 @@
 // Attention on the CPU over projections as they are written, packed, for sequences short enough that
 // a head stays in cache.
 //
-// One task is one head of one sequence: its q, k and v are read once, all products are made in
-// cache, and the result or the gradient, packed like the projection, is written once. The scores of
-// a head, M * N floats, are never written to memory; the backward pass makes them again from lse.
+// One task is one head of one sequence: its q, k and v are read as they lie, all products are made
+// in cache, and the result or the gradient, packed like the projection, is written once. The scores of a
+// head are made transposed, a row for each key: what the softmax does to a query is then done to a
+// vector of queries at once. They are never written to memory; the backward pass makes them again
+// from lse.
 #include "vector.h"
 
 #include <cmath>
@@ -12,7 +14,7 @@ namespace {
 
 using namespace fastmim;
 
-// Products of matrices of floats that lie in scratch memory, rows padded to whole vectors.
+// Products of matrices of floats.
 template <int W>
 struct Product {
   using V = Vector<W>;
@@ -44,33 +46,109 @@ struct Product {
   FASTMIM_INLINE static void panel(const float* a, int64_t a_row, int64_t a_depth, const float* b,
                                    int64_t b_row, int64_t rows, int64_t depth, float* c,
                                    int64_t c_row) {
-    // 12 to 24 sums in 32 registers; in 16 of them 12, with 2 of the right operand and 1 of the left.
+    // Sums, a row of b and a value of a fill the registers: 32 with AVX-512, else 16.
     constexpr int ROWS = W < 16 ? 12 / VECTORS : VECTORS < 3 ? 12 : VECTORS == 3 ? 8 : 6;
+    constexpr int FEWER = std::min(ROWS / 2, 4);
     int64_t i = 0;
     for (; i + ROWS <= rows; i += ROWS)
       tile<ROWS, VECTORS>(a + i * a_row, a_row, a_depth, b, b_row, depth, c + i * c_row, c_row);
-    for (; i + 4 <= rows; i += 4)
-      tile<4, VECTORS>(a + i * a_row, a_row, a_depth, b, b_row, depth, c + i * c_row, c_row);
-    for (; i + 2 <= rows; i += 2)
-      tile<2, VECTORS>(a + i * a_row, a_row, a_depth, b, b_row, depth, c + i * c_row, c_row);
+    for (; i + FEWER <= rows; i += FEWER)
+      tile<FEWER, VECTORS>(a + i * a_row, a_row, a_depth, b, b_row, depth, c + i * c_row, c_row);
     for (; i < rows; ++i)
       tile<1, VECTORS>(a + i * a_row, a_row, a_depth, b, b_row, depth, c + i * c_row, c_row);
   }
 
-  // Row-major b and c of `columns` floats, a multiple of W.
+  // Rows of b and c hold `columns` floats, a multiple of W.
   FASTMIM_INLINE static void run(const float* a, int64_t a_row, int64_t a_depth, const float* b,
-                                 int64_t rows, int64_t depth, int64_t columns, float* c) {
+                                 int64_t b_row, int64_t rows, int64_t depth, int64_t columns,
+                                 float* c, int64_t c_row) {
+    constexpr int MOST = W < 16 ? 2 : 4;
     int64_t j = 0;
-    constexpr int WIDEST = W < 16 ? 2 : 4;
-    for (; j + WIDEST * W <= columns; j += WIDEST * W)
-      panel<WIDEST>(a, a_row, a_depth, b + j, columns, rows, depth, c + j, columns);
+    for (; j + MOST * W <= columns; j += MOST * W)
+      panel<MOST>(a, a_row, a_depth, b + j, b_row, rows, depth, c + j, c_row);
     const int64_t left = (columns - j) / W;
-    if constexpr (WIDEST > 3)
-      if (left == 3) panel<3>(a, a_row, a_depth, b + j, columns, rows, depth, c + j, columns);
-    if (left == 2) panel<2>(a, a_row, a_depth, b + j, columns, rows, depth, c + j, columns);
-    if (left == 1) panel<1>(a, a_row, a_depth, b + j, columns, rows, depth, c + j, columns);
+    if constexpr (MOST == 4) {
+      if (left == 3) panel<3>(a, a_row, a_depth, b + j, b_row, rows, depth, c + j, c_row);
+      if (left == 2) panel<2>(a, a_row, a_depth, b + j, b_row, rows, depth, c + j, c_row);
+    }
+    if (left == 1) panel<1>(a, a_row, a_depth, b + j, b_row, rows, depth, c + j, c_row);
   }
 };
+
+// Rows of floats in a matrix, `stride` apart.
+struct Rows {
+  float* first;
+  int64_t stride;
+};
+
+struct ConstRows {
+  const float* first;
+  int64_t stride;
+};
+
+// The `count` rows of a head as floats, behind them zeros to a whole vector: where they lie, or in
+// scratch memory.
+template <int W, typename T>
+FASTMIM_INLINE ConstRows read_rows(const T* from, int64_t stride, int64_t count, int64_t width,
+                                   float* scratch) {
+  const int64_t padded = Vector<W>::padded(width);
+  if constexpr (std::is_same_v<T, float>)
+    if (padded == width) return {from, stride};
+  for (int64_t n = 0; n < count; ++n) {
+    for (int64_t d = 0; d < width; ++d)
+      scratch[n * padded + d] = static_cast<float>(from[n * stride + d]);
+    for (int64_t d = width; d < padded; ++d) scratch[n * padded + d] = 0.0f;
+  }
+  return {scratch, padded};
+}
+
+// The same transposed and multiplied: (width, count), zeros behind the count.
+template <int W, typename T>
+FASTMIM_INLINE void read_columns(const T* from, int64_t stride, int64_t count, int64_t width,
+                                 float factor, float* to) {
+  const int64_t padded = Vector<W>::padded(count);
+  int64_t d = 0;
+  for (; d + 4 <= width; d += 4) {
+    float* const row = to + d * padded;
+    int64_t n = 0;
+    for (; n + 4 <= count; n += 4) {
+      typename Lanes<4>::Float block[4];
+      for (int i = 0; i < 4; ++i)
+        for (int j = 0; j < 4; ++j)
+          block[i][j] = static_cast<float>(from[(n + i) * stride + d + j]);
+      transpose(block);
+      for (int i = 0; i < 4; ++i) Vector<4>::store(row + i * padded + n, block[i] * factor);
+    }
+    for (; n < count; ++n)
+      for (int i = 0; i < 4; ++i)
+        row[i * padded + n] = static_cast<float>(from[n * stride + d + i]) * factor;
+  }
+  for (; d < width; ++d)
+    for (int64_t n = 0; n < count; ++n)
+      to[d * padded + n] = static_cast<float>(from[n * stride + d]) * factor;
+  for (d = 0; d < width; ++d)
+    for (int64_t n = count; n < padded; ++n) to[d * padded + n] = 0.0f;
+}
+
+// Where the rows of a result are made: where they are to lie, or in scratch memory.
+template <int W, typename T>
+FASTMIM_INLINE Rows begin_rows(T* to, int64_t stride, int64_t width, float* scratch) {
+  const int64_t padded = Vector<W>::padded(width);
+  if constexpr (std::is_same_v<T, float>)
+    if (padded == width) return {to, stride};
+  return {scratch, padded};
+}
+
+// Brings rows made in scratch memory to where they are to lie.
+template <typename T>
+FASTMIM_INLINE void finish_rows(const Rows& rows, int64_t count, int64_t width, T* to,
+                                int64_t stride) {
+  if constexpr (std::is_same_v<T, float>)
+    if (rows.first == to) return;
+  for (int64_t n = 0; n < count; ++n)
+    for (int64_t d = 0; d < width; ++d)
+      to[n * stride + d] = static_cast<T>(rows.first[n * rows.stride + d]);
+}
 
 // Queries (M) and keys (N) of all sequences, and how they lie.
 struct Shape {
@@ -80,7 +158,6 @@ struct Shape {
   int64_t rows;           // of all sequences, if they have starts
 
   int64_t tasks() const { return sequences * heads; }
-  int64_t padded_width() const { return Scratch::round(width); }
   int64_t row(int64_t parts) const { return parts * heads * width; }
   int64_t q_row() const { return row(packed ? 3 : 1); }
   int64_t kv_row() const { return row(packed ? 3 : 2); }
@@ -106,38 +183,6 @@ struct Head {
   }
 };
 
-// Rows of a head to scratch memory: (rows, padded width), zeros behind the width.
-template <typename T>
-FASTMIM_INLINE void read_rows(const T* from, int64_t stride, int64_t rows, const Shape& shape,
-                              float factor, float* to) {
-  const int64_t padded = shape.padded_width();
-  for (int64_t n = 0; n < rows; ++n) {
-    for (int64_t d = 0; d < shape.width; ++d)
-      to[n * padded + d] = static_cast<float>(from[n * stride + d]) * factor;
-    for (int64_t d = shape.width; d < padded; ++d) to[n * padded + d] = 0.0f;
-  }
-}
-
-// The same transposed: (width, padded rows), zeros behind the rows.
-template <typename T>
-FASTMIM_INLINE void read_columns(const T* from, int64_t stride, int64_t rows, const Shape& shape,
-                                 float* to) {
-  const int64_t padded = Scratch::round(rows);
-  for (int64_t d = 0; d < shape.width; ++d) {
-    for (int64_t n = 0; n < rows; ++n)
-      to[d * padded + n] = static_cast<float>(from[n * stride + d]);
-    for (int64_t n = rows; n < padded; ++n) to[d * padded + n] = 0.0f;
-  }
-}
-
-template <typename T>
-FASTMIM_INLINE void write_rows(const float* from, int64_t rows, const Shape& shape, float factor,
-                               T* to, int64_t stride) {
-  for (int64_t n = 0; n < rows; ++n)
-    for (int64_t d = 0; d < shape.width; ++d)
-      to[n * stride + d] = static_cast<T>(from[n * shape.padded_width() + d] * factor);
-}
-
 template <typename T>
 struct Forward {
   const T *q, *kv;
@@ -149,7 +194,7 @@ struct Forward {
 
 template <typename T>
 struct Backward {
-  const T *grad, *q, *kv, *out;
+  const T *grad, *q, *kv;
   const float* lse;
   float scale;
   T *grad_q, *grad_kv;
@@ -163,43 +208,59 @@ struct ForwardHeads {
   struct Kernel {
     static FASTMIM_INLINE void run(const Forward<T>& args, int64_t begin, int64_t end) {
       using V = Vector<W>;
-      using Float = typename V::Float;
       const Shape& s = args.shape;
-      const int64_t most = Scratch::round(s.keys), width = s.padded_width();
-      Scratch scratch(2 * s.queries * width + s.keys * width + s.width * most + s.queries * most);
-      float* const q = scratch.take(s.queries * width);
-      float* const keys = scratch.take(s.width * most);
-      float* const v = scratch.take(s.keys * width);
-      float* const scores = scratch.take(s.queries * most);
-      float* const mixed = scratch.take(s.queries * width);
+      const int64_t most = V::padded(s.queries), width = V::padded(s.width);
+      Scratch scratch(Scratch::round(s.width * most) + Scratch::round(s.keys * most) +
+                      2 * Scratch::round(s.keys * width) + Scratch::round(most * width) +
+                      Scratch::round(most));
+      float* const q = scratch.take(s.width * most);
+      float* const scores = scratch.take(s.keys * most);
+      float* const k_scratch = scratch.take(s.keys * width);
+      float* const v_scratch = scratch.take(s.keys * width);
+      float* const out_scratch = scratch.take(most * width);
+      float* const whole = scratch.take(most);
       for (int64_t task = begin; task < end; ++task) {
         const Head head(s, task);
-        const int64_t m = head.queries, n = head.keys, columns = Scratch::round(n);
-        read_rows(args.q + head.q, s.q_row(), m, s, args.scale, q);
-        read_columns(args.kv + head.k, s.kv_row(), n, s, keys);
-        read_rows(args.kv + head.v, s.kv_row(), n, s, 1.0f, v);
-        Product<W>::run(q, width, 1, keys, m, s.width, columns, scores);
-        for (int64_t i = 0; i < m; ++i) {
-          float* const row = scores + i * columns;
-          for (int64_t j = n; j < columns; ++j) row[j] = -INFINITY;
-          Float top = V::load(row);
-          for (int64_t j = W; j < columns; j += W) top = V::max(V::load(row + j), top);
-          const float highest = V::largest(top);
-          Float total{};
-          for (int64_t j = 0; j < columns; j += W) {
-            const Float p = V::exp(V::load(row + j) - highest);
-            total += p;
-            V::store(row + j, p);
-          }
-          const float whole = V::sum(total), inverse = 1.0f / whole;
-          for (int64_t j = 0; j < columns; j += W) V::store(row + j, V::load(row + j) * inverse);
-          args.lse[head.lse + i] = highest + std::log(whole);
+        const int64_t m = head.queries, n = head.keys, queries = V::padded(m);
+        read_columns<W>(args.q + head.q, s.q_row(), m, s.width, args.scale, q);
+        const ConstRows k = read_rows<W>(args.kv + head.k, s.kv_row(), n, s.width, k_scratch);
+        Product<W>::run(k.first, k.stride, 1, q, queries, n, s.width, queries, scores, queries);
+        float* const lse = args.lse + head.lse;
+        for (int64_t i = 0; i < queries; i += W) {
+          const auto highest = softmax<W>(scores + i, n, queries, whole + i);
+          for (int64_t lane = 0; lane < std::min<int64_t>(W, m - i); ++lane)
+            lse[i + lane] = highest[lane] + std::log(whole[i + lane]);
         }
-        Product<W>::run(scores, columns, 1, v, m, n, width, mixed);
-        write_rows(mixed, m, s, 1.0f, args.out + head.out, s.row(1));
+        const ConstRows v = read_rows<W>(args.kv + head.v, s.kv_row(), n, s.width, v_scratch);
+        T* const to = args.out + head.out;
+        const Rows out = begin_rows<W>(to, s.row(1), s.width, out_scratch);
+        Product<W>::run(scores, 1, queries, v.first, v.stride, m, n, width, out.first, out.stride);
+        finish_rows(out, m, s.width, to, s.row(1));
       }
     }
   };
+
+  // Scores of W queries, one column each, to probabilities. Writes the sums of their exponentials
+  // and returns the highest scores.
+  template <int W>
+  static FASTMIM_INLINE typename Vector<W>::Float softmax(float* scores, int64_t keys,
+                                                          int64_t stride, float* whole) {
+    using V = Vector<W>;
+    using Float = typename V::Float;
+    Float highest = V::load(scores);
+    for (int64_t j = 1; j < keys; ++j) highest = V::max(V::load(scores + j * stride), highest);
+    Float sum{};
+    for (int64_t j = 0; j < keys; ++j) {
+      const Float p = V::exp(V::load(scores + j * stride) - highest);
+      sum += p;
+      V::store(scores + j * stride, p);
+    }
+    V::store(whole, sum);
+    const Float inverse = 1.0f / sum;
+    for (int64_t j = 0; j < keys; ++j)
+      V::store(scores + j * stride, V::load(scores + j * stride) * inverse);
+    return highest;
+  }
 };
 
 template <typename T>
@@ -208,52 +269,75 @@ struct BackwardHeads {
   struct Kernel {
     static FASTMIM_INLINE void run(const Backward<T>& args, int64_t begin, int64_t end) {
       using V = Vector<W>;
-      using Float = typename V::Float;
       const Shape& s = args.shape;
-      const int64_t most = Scratch::round(s.keys), width = s.padded_width();
+      const int64_t most = V::padded(s.queries), width = V::padded(s.width);
       const int64_t rows = std::max(s.queries, s.keys);
-      Scratch scratch((2 * s.queries + s.keys + rows) * width + 2 * s.width * most +
-                      2 * s.queries * most);
-      float* const q = scratch.take(s.queries * width);
-      float* const k = scratch.take(s.keys * width);
-      float* const grad = scratch.take(s.queries * width);
+      Scratch scratch(2 * Scratch::round(s.width * most) + 2 * Scratch::round(s.keys * most) +
+                      5 * Scratch::round(rows * width) + Scratch::round(most));
+      float* const q_columns = scratch.take(s.width * most);
+      float* const grad_columns = scratch.take(s.width * most);
+      float* const p = scratch.take(s.keys * most);
+      float* const grad_p = scratch.take(s.keys * most);
+      float* const q_scratch = scratch.take(rows * width);
+      float* const k_scratch = scratch.take(rows * width);
+      float* const v_scratch = scratch.take(rows * width);
+      float* const grad_scratch = scratch.take(rows * width);
       float* const result = scratch.take(rows * width);
-      float* const keys = scratch.take(s.width * most);
-      float* const values = scratch.take(s.width * most);
-      float* const p = scratch.take(s.queries * most);
-      float* const grad_p = scratch.take(s.queries * most);
+      float* const lse = scratch.take(most);
       for (int64_t task = begin; task < end; ++task) {
         const Head head(s, task);
-        const int64_t m = head.queries, n = head.keys, columns = Scratch::round(n);
-        read_rows(args.q + head.q, s.q_row(), m, s, args.scale, q);
-        read_rows(args.kv + head.k, s.kv_row(), n, s, 1.0f, k);
-        read_columns(args.kv + head.k, s.kv_row(), n, s, keys);
-        read_columns(args.kv + head.v, s.kv_row(), n, s, values);
-        read_rows(args.grad + head.out, s.row(1), m, s, 1.0f, grad);
-        Product<W>::run(q, width, 1, keys, m, s.width, columns, p);
-        Product<W>::run(grad, width, 1, values, m, s.width, columns, grad_p);
-        for (int64_t i = 0; i < m; ++i) {
-          const T* const out = args.out + head.out + i * s.row(1);
-          float delta = 0.0f;
-          for (int64_t d = 0; d < s.width; ++d)
-            delta += grad[i * width + d] * static_cast<float>(out[d]);
-          const float lse = args.lse[head.lse + i];
-          float *const row = p + i * columns, *const grad_row = grad_p + i * columns;
-          for (int64_t j = 0; j < columns; j += W) {
-            const Float probability = V::exp(V::load(row + j) - lse);
-            V::store(row + j, probability);
-            V::store(grad_row + j, probability * (V::load(grad_row + j) - delta));
-          }
-        }
-        Product<W>::run(grad_p, columns, 1, k, m, n, width, result);
-        write_rows(result, m, s, args.scale, args.grad_q + head.q, s.q_row());
-        Product<W>::run(grad_p, 1, columns, q, n, m, width, result);
-        write_rows(result, n, s, 1.0f, args.grad_kv + head.k, s.kv_row());
-        Product<W>::run(p, 1, columns, grad, n, m, width, result);
-        write_rows(result, n, s, 1.0f, args.grad_kv + head.v, s.kv_row());
+        const int64_t m = head.queries, n = head.keys, queries = V::padded(m);
+        const T *const q_from = args.q + head.q, *const grad_from = args.grad + head.out;
+        const ConstRows q = read_rows<W>(q_from, s.q_row(), m, s.width, q_scratch);
+        const ConstRows k = read_rows<W>(args.kv + head.k, s.kv_row(), n, s.width, k_scratch);
+        const ConstRows v = read_rows<W>(args.kv + head.v, s.kv_row(), n, s.width, v_scratch);
+        const ConstRows grad = read_rows<W>(grad_from, s.row(1), m, s.width, grad_scratch);
+        read_columns<W>(q_from, s.q_row(), m, s.width, args.scale, q_columns);
+        read_columns<W>(grad_from, s.row(1), m, s.width, 1.0f, grad_columns);
+        Product<W>::run(k.first, k.stride, 1, q_columns, queries, n, s.width, queries, p, queries);
+        Product<W>::run(v.first, v.stride, 1, grad_columns, queries, n, s.width, queries, grad_p,
+                        queries);
+        std::copy(args.lse + head.lse, args.lse + head.lse + m, lse);
+        std::fill(lse + m, lse + queries, 0.0f);
+        for (int64_t i = 0; i < queries; i += W)
+          softmax<W>(p + i, grad_p + i, n, queries, V::load(lse + i), args.scale);
+        const int64_t q_row = s.q_row(), kv_row = s.kv_row();
+        write<W>(s, m, n, grad_p, 1, queries, k, result, args.grad_q + head.q, q_row);
+        write<W>(s, n, m, grad_p, queries, 1, q, result, args.grad_kv + head.k, kv_row);
+        write<W>(s, n, m, p, queries, 1, grad, result, args.grad_kv + head.v, kv_row);
       }
     }
   };
+
+  // a (rows x depth) b to a part of the packed gradient.
+  template <int W>
+  static FASTMIM_INLINE void write(const Shape& s, int64_t count, int64_t depth, const float* a,
+                                   int64_t a_row, int64_t a_depth, const ConstRows& b,
+                                   float* scratch, T* to, int64_t stride) {
+    const Rows rows = begin_rows<W>(to, stride, s.width, scratch);
+    Product<W>::run(a, a_row, a_depth, b.first, b.stride, count, depth, Vector<W>::padded(s.width),
+                    rows.first, rows.stride);
+    finish_rows(rows, count, s.width, to, stride);
+  }
+
+  // Scores and the probabilities' gradients of W queries, one column each, to probabilities and
+  // `scale` times the scores' gradients.
+  template <int W>
+  static FASTMIM_INLINE void softmax(float* scores, float* grads, int64_t keys, int64_t stride,
+                                     typename Vector<W>::Float lse, float scale) {
+    using V = Vector<W>;
+    using Float = typename V::Float;
+    Float delta{};
+    for (int64_t j = 0; j < keys; ++j) {
+      const Float p = V::exp(V::load(scores + j * stride) - lse);
+      delta += p * V::load(grads + j * stride);
+      V::store(scores + j * stride, p);
+    }
+    for (int64_t j = 0; j < keys; ++j) {
+      const Float p = V::load(scores + j * stride) * scale;
+      V::store(grads + j * stride, p * (V::load(grads + j * stride) - delta));
+    }
+  }
 };
 
 // f(Type<T>()) for the floating-point types that attention takes.
@@ -287,22 +371,22 @@ std::tuple<Tensor, Tensor> forward(const Tensor& q, const Tensor& kv, double sca
 }
 
 // Writes grad_q and grad_kv, which may be one packed tensor.
-void backward(const Checks& checks, Tensor grad, const Tensor& q, const Tensor& kv, Tensor out,
-              Tensor lse, double scale, const Shape& shape, std::initializer_list<int64_t> sizes,
-              std::initializer_list<int64_t> lse_sizes, Tensor& grad_q, Tensor& grad_kv) {
+void backward(const Checks& checks, Tensor grad, const Tensor& q, const Tensor& kv,
+              const Tensor& out, Tensor lse, double scale, const Shape& shape,
+              std::initializer_list<int64_t> sizes, std::initializer_list<int64_t> lse_sizes,
+              Tensor& grad_q, Tensor& grad_kv) {
   checks.shape("grad", grad, sizes);
   checks.shape("out", out, sizes);
   checks.shape("lse", lse, lse_sizes);
   checks.dtype("grad", grad.scalar_type(), grad.scalar_type() == q.scalar_type());
   checks.dtype("out", out.scalar_type(), out.scalar_type() == q.scalar_type());
   checks.dtype("lse", lse.scalar_type(), lse.scalar_type() == ScalarType::Float);
-  grad = packed(grad), out = packed(out), lse = packed(lse);
+  grad = packed(grad), lse = packed(lse);
   for_element(q.scalar_type(), [&](auto type) {
     using T = typename decltype(type)::type;
     const Backward<T> args{data<T>(grad),
                            data<T>(q),
                            data<T>(kv),
-                           data<T>(out),
                            data<float>(lse),
                            static_cast<float>(scale),
                            mutable_data<T>(grad_q),

@@ -10,6 +10,39 @@ using namespace fastmim;
 
 constexpr float INVERSE_SQRT_2PI = 0.398942280f;
 
+// The normal distribution at z: 1/2 + z p(z^2) / q(z^2), fitted for |z| <= 5.5 to 7e-9. Rounded it
+// is off by 1e-7, also where it is small: as good as 1/2 + erf / 2.
+template <int W>
+FASTMIM_INLINE typename Vector<W>::Float cumulative(typename Vector<W>::Float z) {
+  using V = Vector<W>;
+  constexpr float p[] = {0.398942232f,   0.0338526182f,   0.0046772575f,
+                         0.00016882518f, 6.35209699e-06f, 2.27493242e-08f};
+  constexpr float q[] = {1.0f,           0.251521856f,  0.0286458507f,
+                         0.00188444217f, 7.3647243e-05f, 1.19750121e-06f};
+  const auto square = z * z;
+  const auto inside = z * V::polynomial(p, square) / V::polynomial(q, square);
+  return 0.5f + (z > 5.5f ? V::all(0.5f) : z < -5.5f ? V::all(-0.5f) : inside);
+}
+
+template <int W>
+struct Normal {
+  typename Vector<W>::Float cumulative, bell;  // bell: e^(-z^2 / 2)
+};
+
+// The same to 1e-7 of its value, for a slope that is the difference of small numbers:
+// e^(t^2) erfc(t) is a polynomial in 1 / (1 + 0.4 t), fitted on 0 <= t <= 4.5 with an error below
+// 3e-10 of erfc.
+template <int W>
+FASTMIM_INLINE Normal<W> normal(typename Vector<W>::Float z) {
+  using V = Vector<W>;
+  constexpr float p[] = {-0.000746906933f, 0.233472283f, 0.195147543f,  0.250654596f, 0.22791752f,
+                         -0.191475656f,    0.573580587f, -0.357841273f, 0.0692913069f};
+  const auto bell = V::exp(z * z * -0.5f);
+  const auto t = (z < 0.0f ? -z : z) * 0.707106781f;
+  const auto tail = bell * V::polynomial(p, 1.0f / (t * 0.4f + 1.0f)) * 0.5f;
+  return {z < 0.0f ? tail : 1.0f - tail, bell};
+}
+
 struct Arguments {
   Source x;
   const float* bias;
@@ -23,7 +56,7 @@ struct GeluRows {
   using V = Vector<W>;
 
   static FASTMIM_INLINE typename V::Float gelu(typename V::Float z) {
-    return z * V::normal(z).cumulative;
+    return z * cumulative<W>(z);
   }
 
   static FASTMIM_INLINE void run(const Arguments& args, int64_t begin, int64_t end) {
@@ -47,8 +80,8 @@ struct GeluBackwardRows {
   using V = Vector<W>;
 
   static FASTMIM_INLINE typename V::Float slope(typename V::Float z) {
-    const auto normal = V::normal(z);
-    return normal.cumulative + z * normal.bell * INVERSE_SQRT_2PI;
+    const auto [cumulative, bell] = normal<W>(z);
+    return cumulative + z * bell * INVERSE_SQRT_2PI;
   }
 
   static FASTMIM_INLINE void run(const Arguments& args, int64_t begin, int64_t end, float* sums) {

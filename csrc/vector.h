@@ -71,6 +71,9 @@ struct Vector {
   using Float = typename Lanes<W>::Float;
   using Bits = typename Lanes<W>::Bits;
 
+  // `floats` rounded up to whole vectors.
+  static constexpr int64_t padded(int64_t floats) { return (floats + W - 1) / W * W; }
+
   FASTMIM_INLINE static Float load(const float* p) {
     Float x;
     std::memcpy(&x, p, sizeof(x));
@@ -79,7 +82,7 @@ struct Vector {
 
   FASTMIM_INLINE static void store(float* p, Float x) { std::memcpy(p, &x, sizeof(x)); }
 
-  FASTMIM_INLINE static Float all(float x) { return Float{} + x; }
+  FASTMIM_INLINE static Float all(float x) { return all(x, std::make_integer_sequence<int, W>()); }
 
   FASTMIM_INLINE static Float max(Float a, Float b) { return a > b ? a : b; }
 
@@ -117,30 +120,47 @@ struct Vector {
     return x != x ? x : x < -87.0f ? Float{} : scaled;
   }
 
-  struct Normal {
-    Float cumulative;
-    Float bell;  // e^(-z^2 / 2)
-  };
+  // coefficients[0] + coefficients[1] x + ...
+  template <size_t COUNT>
+  FASTMIM_INLINE static Float polynomial(const float (&coefficients)[COUNT], Float x) {
+    Float sum = all(coefficients[COUNT - 1]);
+#pragma GCC unroll 16
+    for (size_t i = COUNT - 1; i > 0; --i) sum = sum * x + coefficients[i - 1];
+    return sum;
+  }
 
-  // The normal distribution at z, to 1e-7: e^(t^2) erfc(t) is a polynomial in 1 / (1 + 0.4 t),
-  // fitted on 0 <= t <= 4.5 with an error below 3e-10 of erfc.
-  FASTMIM_INLINE static Normal normal(Float z) {
-    const Float bell = exp(z * z * -0.5f);
-    const Float t = (z < 0.0f ? -z : z) * 0.707106781f;
-    const Float s = 1.0f / (t * 0.4f + 1.0f);
-    Float p = all(0.0692913069f);
-    p = p * s - 0.357841273f;
-    p = p * s + 0.573580587f;
-    p = p * s - 0.191475656f;
-    p = p * s + 0.22791752f;
-    p = p * s + 0.250654596f;
-    p = p * s + 0.195147543f;
-    p = p * s + 0.233472283f;
-    p = p * s - 0.000746906933f;
-    const Float tail = bell * p * 0.5f;
-    return {z < 0.0f ? tail : 1.0f - tail, bell};
+ private:
+  // A shuffle: of anything else, GCC makes a chain of insertions for vectors wider than those of
+  // the baseline.
+  template <int... lane>
+  FASTMIM_INLINE static Float all(float x, std::integer_sequence<int, lane...>) {
+#if defined(__clang__) || __GNUC__ >= 12
+    const Lanes<4>::Float first{x};
+    return __builtin_shufflevector(first, first, (lane * 0)...);
+#else
+    return Float{} + x;
+#endif
   }
 };
+
+// Four rows of four to columns.
+FASTMIM_INLINE void transpose(Lanes<4>::Float (&x)[4]) {
+  using Float = Lanes<4>::Float;
+#if defined(__clang__)
+#define FASTMIM_SHUFFLE(a, b, ...) __builtin_shufflevector(a, b, __VA_ARGS__)
+#else
+#define FASTMIM_SHUFFLE(a, b, ...) __builtin_shuffle(a, b, Lanes<4>::Bits{__VA_ARGS__})
+#endif
+  const Float low_01 = FASTMIM_SHUFFLE(x[0], x[1], 0, 4, 1, 5);
+  const Float low_23 = FASTMIM_SHUFFLE(x[2], x[3], 0, 4, 1, 5);
+  const Float high_01 = FASTMIM_SHUFFLE(x[0], x[1], 2, 6, 3, 7);
+  const Float high_23 = FASTMIM_SHUFFLE(x[2], x[3], 2, 6, 3, 7);
+  x[0] = FASTMIM_SHUFFLE(low_01, low_23, 0, 1, 4, 5);
+  x[1] = FASTMIM_SHUFFLE(low_01, low_23, 2, 3, 6, 7);
+  x[2] = FASTMIM_SHUFFLE(high_01, high_23, 0, 1, 4, 5);
+  x[3] = FASTMIM_SHUFFLE(high_01, high_23, 2, 3, 6, 7);
+#undef FASTMIM_SHUFFLE
+}
 
 // Scratch memory of one thread, 64-byte aligned: `floats` rounded up for each take().
 class Scratch {

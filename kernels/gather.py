@@ -11,7 +11,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ._tiles import columns
+from ._tiles import columns, rows_of_ids
 
 # Four warps and tiles of 16 x 256 values: every thread has four or more accesses of 16 bytes in
 # flight.
@@ -29,6 +29,7 @@ def _gather_kernel(
     num_rows,  # B * K
     N,
     K,
+    stride_ids,
     D: tl.constexpr,  # known when compiling: rows of 16 n bytes are moved 16 bytes at a time
     ROWS: tl.constexpr,
     COLUMNS: tl.constexpr,
@@ -38,7 +39,9 @@ def _gather_kernel(
     row = (program // tiles) * ROWS + tl.arange(0, ROWS)  # b * K + k
     d = (program % tiles) * COLUMNS + tl.arange(0, COLUMNS)
     inside = row < num_rows
-    source = (row // K) * N + tl.load(ids_ptr + row, mask=inside, other=0)
+    image = row // K
+    id_ptr = ids_ptr + image * stride_ids + row % K
+    source = image * N + tl.load(id_ptr, mask=inside, other=0)
     mask = inside[:, None] & (d < D)[None, :]
     tokens = tl.load(x_ptr + source[:, None] * D + d[None, :], mask=mask)
     tl.store(out_ptr + row[:, None] * D + d[None, :], tokens, mask=mask)
@@ -51,6 +54,7 @@ def _scatter_kernel(
     out_ptr,  # (B, N, D)
     N,
     K,
+    stride_ids,
     D: tl.constexpr,
     ROWS: tl.constexpr,
     COLUMNS: tl.constexpr,
@@ -65,7 +69,7 @@ def _scatter_kernel(
     source = tl.full((ROWS,), -1, tl.int64)  # k with ids[k] = n, if any
     for start in range(0, K, IDS):
         k = start + tl.arange(0, IDS)
-        ids = tl.load(ids_ptr + image * K + k, mask=k < K, other=-1)
+        ids = tl.load(ids_ptr + image * stride_ids + k, mask=k < K, other=-1)
         found = tl.where(ids[None, :] == n[:, None], k[None, :], -1)
         source = tl.maximum(source, tl.max(found, axis=1))
     columns_inside = (d < D)[None, :]
@@ -87,14 +91,16 @@ def gather_tokens(x: Tensor, ids: Tensor) -> Tensor:
     out = torch.empty(b, k, d, device=x.device, dtype=x.dtype)
     if out.numel():
         block = columns(d)
+        ids, stride = rows_of_ids(ids)
         with torch.cuda.device_of(x):
             _gather_kernel[(triton.cdiv(b * k, ROWS) * triton.cdiv(d, block),)](
                 x.contiguous(),
-                ids.contiguous(),
+                ids,
                 out,
                 b * k,
                 n,
                 k,
+                stride,
                 D=d,
                 ROWS=ROWS,
                 COLUMNS=block,
@@ -108,13 +114,15 @@ def scatter_tokens(x: Tensor, ids: Tensor, num_tokens: int) -> Tensor:
     out = torch.empty(b, num_tokens, d, device=x.device, dtype=x.dtype)
     if out.numel():
         block = columns(d)
+        ids, stride = rows_of_ids(ids)
         with torch.cuda.device_of(x):
             _scatter_kernel[(b * triton.cdiv(num_tokens, ROWS) * triton.cdiv(d, block),)](
                 x.contiguous(),
-                ids.contiguous(),
+                ids,
                 out,
                 num_tokens,
                 k,
+                stride,
                 D=d,
                 ROWS=ROWS,
                 COLUMNS=block,

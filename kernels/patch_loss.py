@@ -12,6 +12,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from ._tiles import rows_of_ids
+
 # Unfused, each operation rounds as in the reference.
 OPTIONS = {"enable_fp_fusion": False}
 TILE = 1024  # values of several short rows together
@@ -31,7 +33,7 @@ def _reciprocal_root(x):
 def _patch_loss_kernel(
     pred_ptr,  # (B * M, P)
     imgs_ptr,  # (B, C, H, W)
-    ids_ptr,  # (B * M,)
+    ids_ptr,  # (B, M)
     teacher_ptr,  # (B * M, P) or None
     scale_ptr,  # (C,) or None
     shift_ptr,  # (C,) or None
@@ -42,6 +44,7 @@ def _patch_loss_kernel(
     programs,
     M,
     grid_width,  # W / p
+    stride_ids,
     stride_ib,
     stride_ic,
     stride_ih,
@@ -67,8 +70,9 @@ def _patch_loss_kernel(
         row = start + tl.arange(0, ROWS)  # b * M + m
         mask = (row < num_rows)[:, None] & inside_patch[None, :]
         # Divisions of 64 bits are slow; accepts() refuses 2**31 rows.
-        place = tl.load(ids_ptr + row, mask=row < num_rows, other=0).to(tl.int32)
         image = (row.to(tl.int32) // M).to(tl.int64)
+        id_ptr = ids_ptr + image * stride_ids + row.to(tl.int32) % M
+        place = tl.load(id_ptr, mask=row < num_rows, other=0).to(tl.int32)
         down, right = (place // grid_width).to(tl.int64), (place % grid_width).to(tl.int64)
         source = image * stride_ib + (down * stride_ih + right * stride_iw) * p
         target = tl.load(imgs_ptr + source[:, None] + pixel_offset[None, :], mask=mask, other=0)
@@ -137,11 +141,12 @@ def patch_loss(
     rows = max(TILE // block, 1)
     programs = min(triton.cdiv(b * m, rows), MAX_PROGRAMS)
     partial = torch.empty(2, programs, device=pred.device, dtype=wide)
+    ids, stride = rows_of_ids(ids)
     with torch.cuda.device_of(pred):
         _patch_loss_kernel[(programs,)](
             pred.contiguous(),
             imgs,
-            ids.contiguous(),
+            ids,
             None if teacher_pred is None else teacher_pred.contiguous(),
             None if scale is None else scale.contiguous(),
             None if shift is None else shift.contiguous(),
@@ -152,6 +157,7 @@ def patch_loss(
             programs,
             m,
             imgs.shape[3] // patch_size,
+            stride,
             *imgs.stride(),
             NORM_PIX=norm_pix,
             p=patch_size,

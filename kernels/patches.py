@@ -10,6 +10,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from ._tiles import rows_of_ids
+
 # Unfused, scale and shift round as in the reference. Four warps: 8 to 16 values a thread.
 OPTIONS = {"enable_fp_fusion": False, "num_warps": 4}
 MAX_VALUES = 2048
@@ -25,6 +27,7 @@ def _gather_patches_kernel(
     K,
     C,
     grid_width,  # W / p
+    stride_ids,
     stride_ib,
     stride_ic,
     stride_ih,
@@ -37,7 +40,7 @@ def _gather_patches_kernel(
     program = tl.program_id(0).to(tl.int64)
     blocks = tl.cdiv(C * p, ROWS)
     patch = program // blocks  # b * K + k
-    place = tl.load(ids_ptr + patch)
+    place = tl.load(ids_ptr + (patch // K) * stride_ids + patch % K)
     row = (program % blocks) * ROWS + tl.arange(0, ROWS)  # c * p + y
     x = tl.arange(0, COLUMNS)
     channel = row // p
@@ -68,18 +71,20 @@ def gather_patches(
     size = c * patch_size * patch_size
     out = torch.empty(b, k, size, device=imgs.device, dtype=dtype)
     if out.numel():
+        ids, stride = rows_of_ids(ids)
         block = triton.next_power_of_2(patch_size)
         rows = min(triton.next_power_of_2(c * patch_size), max(MAX_VALUES // block, 1))
         with torch.cuda.device_of(imgs):
             _gather_patches_kernel[(b * k * triton.cdiv(c * patch_size, rows),)](
                 imgs,
-                ids.contiguous(),
+                ids,
                 None if scale is None else scale.contiguous(),
                 None if shift is None else shift.contiguous(),
                 out,
                 k,
                 c,
                 width // patch_size,
+                stride,
                 *imgs.stride(),
                 p=patch_size,
                 ROWS=rows,

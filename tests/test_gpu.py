@@ -95,8 +95,19 @@ LARGE = {
     "norm_backward": (dict(n=1024, d=512), 1024 * 512, 12),
     "bias_gelu": (dict(n=1024, d=512), 1024 * 512, 3),
     "bias_gelu_backward": (dict(n=1024, d=512), 1024 * 512, 4),
+    "patch_loss": (
+        dict(m=196, c=3, h=14, w=14, p=16, teacher=True, norm_pix=True, uint8=False),
+        196 * 768,
+        6,
+    ),
+    "feature_loss": (
+        dict(m=1024, n=1024, d=512, kind="smooth_l1", normalize=True),
+        1024 * 512,
+        5,
+    ),
+    "crop_resize": (dict(c=3, h=32, w=32, height=256, width=256), 3 * 256**2, 2),
 }
-_TINY = {"n": 16, "k": 4, "d": 8, "h": 4, "w": 4, "p": 2}
+_TINY = {"n": 16, "k": 4, "m": 16, "d": 8, "h": 4, "w": 4, "p": 2, "height": 8, "width": 8}
 
 
 def large(name: str) -> tuple[dict, int, int]:

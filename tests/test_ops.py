@@ -386,6 +386,14 @@ def update(masters: dict[str, list[Tensor]], split: bool, steps: int) -> dict[st
     return weights
 
 
+def test_a_tensor_that_would_be_changed_twice_is_refused():
+    twice, other = torch.zeros(3), torch.ones(3)
+    with pytest.raises(ValueError, match=r"teachers\[2\] is teachers\[0\] again"):
+        ema_update_([twice, other, twice], [other, other, other], 0.9)
+    accuracy.exact(twice, torch.zeros(3))
+    ema_update_([twice, other.clone()], [other, other], 0.9)  # what is only read may come again
+
+
 @pytest.mark.parametrize("backend", OPS["adamw_ema_"].backends)
 def test_split_storage_keeps_the_bits_of_float32(backend, device):
     usable(OPS["adamw_ema_"], backend, make(OPS["adamw_ema_"], "edge_split", device, torch.float32))

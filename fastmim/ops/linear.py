@@ -13,10 +13,11 @@ from fastmim.ops._registry import Op, autocast_dtype, on_cpu
 def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     """``out = x weight^T + bias``, as ``torch.nn.functional.linear``.
 
-    In float32 on a CPU the products are oneDNN's: PyTorch takes MKL's, which on a processor that is
-    not Intel's are half as fast (AMD EPYC with AVX-512, 2 threads: 90 against 200 GFLOP/s at the
-    sizes of a small ViT). Everywhere else and under autocast this is
-    ``torch.nn.functional.linear`` itself.
+    In float32 on a CPU with AVX-512 the products are oneDNN's: PyTorch takes MKL's, which on a
+    processor that is not Intel's are half as fast (AMD EPYC, 2 threads: 90 against 200 GFLOP/s at
+    the sizes of a small ViT). Without AVX-512 MKL's are level, and those of a weight's gradient
+    faster by half. Everywhere else and under autocast this is ``torch.nn.functional.linear``
+    itself.
 
     Args:
         x: (..., D), floating point.
@@ -26,16 +27,20 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     Returns:
         (..., E), in the dtype of ``x``, or autocast's if it is on.
     """
-    if not on_cpu(x) or autocast_dtype(x) is not None:
+    if not _onednn_is_faster(x) or autocast_dtype(x) is not None:
         return F.linear(x, weight, bias)
     return _linear(x, weight, bias)
 
 
 def weight_grad(grad: Tensor, x: Tensor) -> Tensor:
     """Gradient of a linear layer's weight: (E, D) from ``grad`` (..., E) and ``x`` (..., D)."""
-    if not on_cpu(x):
+    if not _onednn_is_faster(x):
         return reference.linear_weight_grad(grad, x)
     return _weight_grad(grad, x)
+
+
+def _onednn_is_faster(x: Tensor) -> bool:
+    return on_cpu(x) and torch.backends.cpu.get_cpu_capability() == "AVX512"
 
 
 @functools.cache

@@ -77,8 +77,8 @@ def ema_update_(
         skip: If true, every byte stays as it was; a flag or a bool scalar tensor.
 
     Raises:
-        ValueError: If the lists do not match, a teacher is stored in 16 bits without remainder, or
-            DTensors that belong together are placed differently.
+        ValueError: If the lists do not match, a teacher is stored in 16 bits without remainder, a
+            tensor is to be changed twice, or DTensors that belong together are placed differently.
     """
     given = {
         "teachers": teachers,
@@ -91,6 +91,7 @@ def ema_update_(
     _check_storage("ema_update_", given, "teacher")
     if student_remainders:
         _check_storage("ema_update_", given, "student")
+    _refuse_repeats("ema_update_", _ema, given)
     if not teachers:
         return
     lists = _local_shards("ema_update_", given)
@@ -173,7 +174,8 @@ def adamw_ema_(
 
     Raises:
         ValueError: If the lists do not match, a parameter or a teacher is stored in 16 bits without
-            remainder, or DTensors that belong together are placed differently.
+            remainder, a tensor is to be changed twice, or DTensors that belong together are placed
+            differently.
     """
     given = {
         "params": params,
@@ -190,6 +192,7 @@ def adamw_ema_(
         _check_pairs("adamw_ema_", "params", params, name, given[name])
     _check_storage("adamw_ema_", given, "param")
     _check_storage("adamw_ema_", given, "teacher")
+    _refuse_repeats("adamw_ema_", _adamw_ema, given)
     if not params:
         return
     lists = _local_shards("adamw_ema_", given)
@@ -291,6 +294,18 @@ def _check_storage(function: str, lists: Mapping[str, Sequence[Tensor]], name: s
             raise ValueError(
                 f"{function}: expected bfloat16 {name}_copies, got {copy.dtype} at index {i}"
             )
+
+
+def _refuse_repeats(function: str, op: Op, lists: Mapping[str, Sequence[Tensor]]) -> None:
+    for name in op.written:
+        places: dict[int, int] = {}
+        for i, tensor in enumerate(lists.get(name, ())):
+            first = places.setdefault(id(tensor), i)
+            if first != i:
+                raise ValueError(
+                    f"{function}: {name}[{i}] is {name}[{first}] again and would be changed twice; "
+                    "pass every tensor once"
+                )
 
 
 def _refuse_half(function: str, tensors: Sequence[Tensor]) -> None:
