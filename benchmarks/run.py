@@ -14,6 +14,7 @@ from pathlib import Path
 
 sys.path.append(str(Path(__file__).parents[1]))  # last: an installed fastmim comes first
 
+import attention
 import compare
 import ema
 import gpu_check
@@ -37,7 +38,7 @@ from fastmim.models import MODELS, did_you_mean
 from fastmim.train.engine import resolve_device, resolve_precision
 
 # The one list of suites, in the order in which they run.
-SUITES: list[Suite] = [ops, steps, ema, stepcost, memory, loader]
+SUITES: list[Suite] = [ops, attention, steps, ema, stepcost, memory, loader]
 # Only when asked for by name: it checks and takes ten minutes; under torchrun alone.
 APART: list[Suite] = [gpu_check, scaling]
 FOLDER = "benchmark-results"

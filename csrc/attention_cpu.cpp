@@ -1,7 +1,8 @@
-// Attention over packed qkv on the CPU, for sequences short enough that a head stays in cache.
+// Attention on the CPU over projections as they are written, packed, for sequences short enough that
+// a head stays in cache.
 //
-// One task is one head of one image: its q, k and v are read from (B, N, 3, H, D) as they lie, all
-// products are made in cache, and the packed result or gradient is written once. The scores of a
+// One task is one head of one sequence: its q, k and v are read as they lie, all products are made
+// in cache, and the result or the gradient, packed like the projection, is written once. The scores of a
 // head are made transposed, a row for each key: what the softmax does to a query is then done to a
 // vector of queries at once. They are never written to memory; the backward pass makes them again
 // from lse.
@@ -149,15 +150,42 @@ FASTMIM_INLINE void finish_rows(const Rows& rows, int64_t count, int64_t width, 
       to[n * stride + d] = static_cast<T>(rows.first[n * rows.stride + d]);
 }
 
+// Queries (M) and keys (N) of all sequences, and how they lie.
 struct Shape {
-  int64_t images, tokens, heads, width;
+  int64_t sequences, queries, keys, heads, width;  // queries and keys of a sequence, at most
+  bool packed;                                     // q, k and v in one row of memory
+  const int32_t* starts;  // first rows of the sequences and the end of the last; or all alike
+  int64_t rows;           // of all sequences, if they have starts
 
-  int64_t row(int64_t packed) const { return packed * heads * width; }
+  int64_t tasks() const { return sequences * heads; }
+  int64_t row(int64_t parts) const { return parts * heads * width; }
+  int64_t q_row() const { return row(packed ? 3 : 1); }
+  int64_t kv_row() const { return row(packed ? 3 : 2); }
+};
+
+// One head of one sequence: its rows, and where they begin in every tensor.
+struct Head {
+  int64_t queries, keys, q, k, v, out, lse;
+
+  Head(const Shape& s, int64_t task) {
+    const int64_t sequence = task / s.heads, head = task % s.heads, at = head * s.width;
+    int64_t query = sequence * s.queries, key = sequence * s.keys;
+    queries = s.queries, keys = s.keys, lse = task * s.queries;
+    if (s.starts != nullptr) {
+      query = key = s.starts[sequence];
+      queries = keys = s.starts[sequence + 1] - query;
+      lse = head * s.rows + query;
+    }
+    q = query * s.q_row() + at;
+    k = key * s.kv_row() + (s.packed ? s.row(1) : 0) + at;
+    v = k + s.row(1);
+    out = query * s.row(1) + at;
+  }
 };
 
 template <typename T>
 struct Forward {
-  const T* qkv;
+  const T *q, *kv;
   float scale;
   T* out;
   float* lse;
@@ -166,14 +194,14 @@ struct Forward {
 
 template <typename T>
 struct Backward {
-  const T *grad, *qkv;
+  const T *grad, *q, *kv;
   const float* lse;
   float scale;
-  T* grad_qkv;
+  T *grad_q, *grad_kv;
   Shape shape;
 };
 
-// The heads begin to end, counted over the images.
+// The heads begin to end, counted over the sequences.
 template <typename T>
 struct ForwardHeads {
   template <int W>
@@ -181,32 +209,33 @@ struct ForwardHeads {
     static FASTMIM_INLINE void run(const Forward<T>& args, int64_t begin, int64_t end) {
       using V = Vector<W>;
       const Shape& s = args.shape;
-      const int64_t n = s.tokens, queries = V::padded(n), width = V::padded(s.width);
-      Scratch scratch(Scratch::round(s.width * queries) + Scratch::round(n * queries) +
-                      3 * Scratch::round(n * width) + Scratch::round(queries));
-      float* const q = scratch.take(s.width * queries);
-      float* const scores = scratch.take(n * queries);
-      float* const k_scratch = scratch.take(n * width);
-      float* const v_scratch = scratch.take(n * width);
-      float* const out_scratch = scratch.take(n * width);
-      float* const whole = scratch.take(queries);
+      const int64_t most = V::padded(s.queries), width = V::padded(s.width);
+      Scratch scratch(Scratch::round(s.width * most) + Scratch::round(s.keys * most) +
+                      2 * Scratch::round(s.keys * width) + Scratch::round(most * width) +
+                      Scratch::round(most));
+      float* const q = scratch.take(s.width * most);
+      float* const scores = scratch.take(s.keys * most);
+      float* const k_scratch = scratch.take(s.keys * width);
+      float* const v_scratch = scratch.take(s.keys * width);
+      float* const out_scratch = scratch.take(most * width);
+      float* const whole = scratch.take(most);
       for (int64_t task = begin; task < end; ++task) {
-        const int64_t image = task / s.heads, head = task % s.heads;
-        const T* const qkv = args.qkv + image * n * s.row(3) + head * s.width;
-        read_columns<W>(qkv, s.row(3), n, s.width, args.scale, q);
-        const ConstRows k = read_rows<W>(qkv + s.row(1), s.row(3), n, s.width, k_scratch);
+        const Head head(s, task);
+        const int64_t m = head.queries, n = head.keys, queries = V::padded(m);
+        read_columns<W>(args.q + head.q, s.q_row(), m, s.width, args.scale, q);
+        const ConstRows k = read_rows<W>(args.kv + head.k, s.kv_row(), n, s.width, k_scratch);
         Product<W>::run(k.first, k.stride, 1, q, queries, n, s.width, queries, scores, queries);
-        float* const lse = args.lse + task * n;
+        float* const lse = args.lse + head.lse;
         for (int64_t i = 0; i < queries; i += W) {
           const auto highest = softmax<W>(scores + i, n, queries, whole + i);
-          for (int64_t lane = 0; lane < std::min<int64_t>(W, n - i); ++lane)
+          for (int64_t lane = 0; lane < std::min<int64_t>(W, m - i); ++lane)
             lse[i + lane] = highest[lane] + std::log(whole[i + lane]);
         }
-        const ConstRows v = read_rows<W>(qkv + s.row(2), s.row(3), n, s.width, v_scratch);
-        T* const to = args.out + (image * n * s.heads + head) * s.width;
+        const ConstRows v = read_rows<W>(args.kv + head.v, s.kv_row(), n, s.width, v_scratch);
+        T* const to = args.out + head.out;
         const Rows out = begin_rows<W>(to, s.row(1), s.width, out_scratch);
-        Product<W>::run(scores, 1, queries, v.first, v.stride, n, n, width, out.first, out.stride);
-        finish_rows(out, n, s.width, to, s.row(1));
+        Product<W>::run(scores, 1, queries, v.first, v.stride, m, n, width, out.first, out.stride);
+        finish_rows(out, m, s.width, to, s.row(1));
       }
     }
   };
@@ -241,52 +270,54 @@ struct BackwardHeads {
     static FASTMIM_INLINE void run(const Backward<T>& args, int64_t begin, int64_t end) {
       using V = Vector<W>;
       const Shape& s = args.shape;
-      const int64_t n = s.tokens, queries = V::padded(n), width = V::padded(s.width);
-      Scratch scratch(2 * Scratch::round(s.width * queries) + 2 * Scratch::round(n * queries) +
-                      5 * Scratch::round(n * width) + Scratch::round(queries));
-      float* const q_columns = scratch.take(s.width * queries);
-      float* const grad_columns = scratch.take(s.width * queries);
-      float* const p = scratch.take(n * queries);
-      float* const grad_p = scratch.take(n * queries);
-      float* const q_scratch = scratch.take(n * width);
-      float* const k_scratch = scratch.take(n * width);
-      float* const v_scratch = scratch.take(n * width);
-      float* const grad_scratch = scratch.take(n * width);
-      float* const result = scratch.take(n * width);
-      float* const lse = scratch.take(queries);
-      std::fill(lse + n, lse + queries, 0.0f);
+      const int64_t most = V::padded(s.queries), width = V::padded(s.width);
+      const int64_t rows = std::max(s.queries, s.keys);
+      Scratch scratch(2 * Scratch::round(s.width * most) + 2 * Scratch::round(s.keys * most) +
+                      5 * Scratch::round(rows * width) + Scratch::round(most));
+      float* const q_columns = scratch.take(s.width * most);
+      float* const grad_columns = scratch.take(s.width * most);
+      float* const p = scratch.take(s.keys * most);
+      float* const grad_p = scratch.take(s.keys * most);
+      float* const q_scratch = scratch.take(rows * width);
+      float* const k_scratch = scratch.take(rows * width);
+      float* const v_scratch = scratch.take(rows * width);
+      float* const grad_scratch = scratch.take(rows * width);
+      float* const result = scratch.take(rows * width);
+      float* const lse = scratch.take(most);
       for (int64_t task = begin; task < end; ++task) {
-        const int64_t image = task / s.heads, head = task % s.heads;
-        const T* const qkv = args.qkv + image * n * s.row(3) + head * s.width;
-        const T* const grad_out = args.grad + (image * n * s.heads + head) * s.width;
-        const ConstRows q = read_rows<W>(qkv, s.row(3), n, s.width, q_scratch);
-        const ConstRows k = read_rows<W>(qkv + s.row(1), s.row(3), n, s.width, k_scratch);
-        const ConstRows v = read_rows<W>(qkv + s.row(2), s.row(3), n, s.width, v_scratch);
-        const ConstRows grad = read_rows<W>(grad_out, s.row(1), n, s.width, grad_scratch);
-        read_columns<W>(qkv, s.row(3), n, s.width, args.scale, q_columns);
-        read_columns<W>(grad_out, s.row(1), n, s.width, 1.0f, grad_columns);
+        const Head head(s, task);
+        const int64_t m = head.queries, n = head.keys, queries = V::padded(m);
+        const T *const q_from = args.q + head.q, *const grad_from = args.grad + head.out;
+        const ConstRows q = read_rows<W>(q_from, s.q_row(), m, s.width, q_scratch);
+        const ConstRows k = read_rows<W>(args.kv + head.k, s.kv_row(), n, s.width, k_scratch);
+        const ConstRows v = read_rows<W>(args.kv + head.v, s.kv_row(), n, s.width, v_scratch);
+        const ConstRows grad = read_rows<W>(grad_from, s.row(1), m, s.width, grad_scratch);
+        read_columns<W>(q_from, s.q_row(), m, s.width, args.scale, q_columns);
+        read_columns<W>(grad_from, s.row(1), m, s.width, 1.0f, grad_columns);
         Product<W>::run(k.first, k.stride, 1, q_columns, queries, n, s.width, queries, p, queries);
         Product<W>::run(v.first, v.stride, 1, grad_columns, queries, n, s.width, queries, grad_p,
                         queries);
-        std::copy(args.lse + task * n, args.lse + (task + 1) * n, lse);
+        std::copy(args.lse + head.lse, args.lse + head.lse + m, lse);
+        std::fill(lse + m, lse + queries, 0.0f);
         for (int64_t i = 0; i < queries; i += W)
           softmax<W>(p + i, grad_p + i, n, queries, V::load(lse + i), args.scale);
-        T* const to = args.grad_qkv + image * n * s.row(3) + head * s.width;
-        write<W>(s, grad_p, 1, queries, k, result, to);
-        write<W>(s, grad_p, queries, 1, q, result, to + s.row(1));
-        write<W>(s, p, queries, 1, grad, result, to + s.row(2));
+        const int64_t q_row = s.q_row(), kv_row = s.kv_row();
+        write<W>(s, m, n, grad_p, 1, queries, k, result, args.grad_q + head.q, q_row);
+        write<W>(s, n, m, grad_p, queries, 1, q, result, args.grad_kv + head.k, kv_row);
+        write<W>(s, n, m, p, queries, 1, grad, result, args.grad_kv + head.v, kv_row);
       }
     }
   };
 
-  // a (tokens x tokens) b to a part of the packed gradient.
+  // a (rows x depth) b to a part of the packed gradient.
   template <int W>
-  static FASTMIM_INLINE void write(const Shape& s, const float* a, int64_t a_row, int64_t a_depth,
-                                   const ConstRows& b, float* scratch, T* to) {
-    const Rows rows = begin_rows<W>(to, s.row(3), s.width, scratch);
-    Product<W>::run(a, a_row, a_depth, b.first, b.stride, s.tokens, s.tokens,
-                    Vector<W>::padded(s.width), rows.first, rows.stride);
-    finish_rows(rows, s.tokens, s.width, to, s.row(3));
+  static FASTMIM_INLINE void write(const Shape& s, int64_t count, int64_t depth, const float* a,
+                                   int64_t a_row, int64_t a_depth, const ConstRows& b,
+                                   float* scratch, T* to, int64_t stride) {
+    const Rows rows = begin_rows<W>(to, stride, s.width, scratch);
+    Product<W>::run(a, a_row, a_depth, b.first, b.stride, count, depth, Vector<W>::padded(s.width),
+                    rows.first, rows.stride);
+    finish_rows(rows, count, s.width, to, stride);
   }
 
   // Scores and the probabilities' gradients of W queries, one column each, to probabilities and
@@ -309,15 +340,6 @@ struct BackwardHeads {
   }
 };
 
-Shape check(const Checks& check, const Tensor& qkv) {
-  check.dimensions("qkv", qkv, 5);
-  check.dtype("qkv", qkv.scalar_type(),
-              is_floating(qkv.scalar_type()) && qkv.scalar_type() != ScalarType::Double);
-  if (qkv.size(2) != 3)
-    refuse(check.op, ": expected qkv (B, N, 3, H, D), got ", shape_of(qkv));
-  return {qkv.size(0), qkv.size(1), qkv.size(3), qkv.size(4)};
-}
-
 // f(Type<T>()) for the floating-point types that attention takes.
 template <typename F>
 auto for_element(ScalarType dtype, const F& f) {
@@ -331,45 +353,143 @@ auto for_element(ScalarType dtype, const F& f) {
   }
 }
 
-std::tuple<Tensor, Tensor> attention_cpu(Tensor qkv, double scale) {
-  const Checks checks{"attention", "cpu"};
-  const Shape shape = check(checks, qkv);
-  qkv = packed(qkv);
-  Tensor out = torch::stable::new_empty(qkv, {shape.images, shape.tokens, shape.heads, shape.width});
-  Tensor lse = torch::stable::new_empty(qkv, {shape.images, shape.heads, shape.tokens},
-                                        ScalarType::Float);
-  for_element(qkv.scalar_type(), [&](auto type) {
+// Out and lse of `shape`, which have `sizes` and `lse_sizes`; q and kv are contiguous.
+std::tuple<Tensor, Tensor> forward(const Tensor& q, const Tensor& kv, double scale,
+                                   const Shape& shape, std::initializer_list<int64_t> sizes,
+                                   std::initializer_list<int64_t> lse_sizes) {
+  Tensor out = torch::stable::new_empty(q, sizes);
+  Tensor lse = torch::stable::new_empty(q, lse_sizes, ScalarType::Float);
+  for_element(q.scalar_type(), [&](auto type) {
     using T = typename decltype(type)::type;
-    const Forward<T> args{data<T>(qkv), static_cast<float>(scale), mutable_data<T>(out),
-                          mutable_data<float>(lse), shape};
-    in_parallel(shape.images * shape.heads, shape.tokens * shape.tokens,
-                [&](int64_t begin, int64_t end) {
-                  wide<ForwardHeads<T>::template Kernel>(args, begin, end);
-                });
+    const Forward<T> args{data<T>(q),           data<T>(kv), static_cast<float>(scale),
+                          mutable_data<T>(out), mutable_data<float>(lse), shape};
+    in_parallel(shape.tasks(), shape.queries * shape.keys, [&](int64_t begin, int64_t end) {
+      wide<ForwardHeads<T>::template Kernel>(args, begin, end);
+    });
   });
   return {out, lse};
 }
 
+// Writes grad_q and grad_kv, which may be one packed tensor.
+void backward(const Checks& checks, Tensor grad, const Tensor& q, const Tensor& kv,
+              const Tensor& out, Tensor lse, double scale, const Shape& shape,
+              std::initializer_list<int64_t> sizes, std::initializer_list<int64_t> lse_sizes,
+              Tensor& grad_q, Tensor& grad_kv) {
+  checks.shape("grad", grad, sizes);
+  checks.shape("out", out, sizes);
+  checks.shape("lse", lse, lse_sizes);
+  checks.dtype("grad", grad.scalar_type(), grad.scalar_type() == q.scalar_type());
+  checks.dtype("out", out.scalar_type(), out.scalar_type() == q.scalar_type());
+  checks.dtype("lse", lse.scalar_type(), lse.scalar_type() == ScalarType::Float);
+  grad = packed(grad), lse = packed(lse);
+  for_element(q.scalar_type(), [&](auto type) {
+    using T = typename decltype(type)::type;
+    const Backward<T> args{data<T>(grad),
+                           data<T>(q),
+                           data<T>(kv),
+                           data<float>(lse),
+                           static_cast<float>(scale),
+                           mutable_data<T>(grad_q),
+                           mutable_data<T>(grad_kv),
+                           shape};
+    in_parallel(shape.tasks(), shape.queries * shape.keys, [&](int64_t begin, int64_t end) {
+      wide<BackwardHeads<T>::template Kernel>(args, begin, end);
+    });
+  });
+}
+
+void check_dtype(const Checks& checks, const char* name, const Tensor& x) {
+  checks.dtype(name, x.scalar_type(),
+               is_floating(x.scalar_type()) && x.scalar_type() != ScalarType::Double);
+}
+
+Shape check_packed(const Checks& checks, const Tensor& qkv) {
+  checks.dimensions("qkv", qkv, 5);
+  check_dtype(checks, "qkv", qkv);
+  if (qkv.size(2) != 3)
+    refuse(checks.op, ": expected qkv (B, N, 3, H, D), got ", shape_of(qkv));
+  const int64_t tokens = qkv.size(1);
+  return {qkv.size(0), tokens, tokens, qkv.size(3), qkv.size(4), true, nullptr, 0};
+}
+
+std::tuple<Tensor, Tensor> attention_cpu(Tensor qkv, double scale) {
+  const Shape s = check_packed({"attention", "cpu"}, qkv);
+  qkv = packed(qkv);
+  return forward(qkv, qkv, scale, s, {s.sequences, s.queries, s.heads, s.width},
+                 {s.sequences, s.heads, s.queries});
+}
+
 Tensor attention_backward_cpu(Tensor grad, Tensor qkv, Tensor out, Tensor lse, double scale) {
   const Checks checks{"attention_backward", "cpu"};
-  const Shape shape = check(checks, qkv);
-  checks.shape("grad", grad, {shape.images, shape.tokens, shape.heads, shape.width});
-  checks.shape("out", out, {shape.images, shape.tokens, shape.heads, shape.width});
-  checks.shape("lse", lse, {shape.images, shape.heads, shape.tokens});
-  checks.dtype("grad", grad.scalar_type(), grad.scalar_type() == qkv.scalar_type());
-  checks.dtype("out", out.scalar_type(), out.scalar_type() == qkv.scalar_type());
-  checks.dtype("lse", lse.scalar_type(), lse.scalar_type() == ScalarType::Float);
-  grad = packed(grad), qkv = packed(qkv), lse = packed(lse);
+  const Shape s = check_packed(checks, qkv);
+  qkv = packed(qkv);
   Tensor grad_qkv = torch::stable::empty_like(qkv);
-  for_element(qkv.scalar_type(), [&](auto type) {
-    using T = typename decltype(type)::type;
-    const Backward<T> args{data<T>(grad), data<T>(qkv), data<float>(lse), static_cast<float>(scale),
-                           mutable_data<T>(grad_qkv), shape};
-    in_parallel(shape.images * shape.heads, shape.tokens * shape.tokens,
-                [&](int64_t begin, int64_t end) {
-                  wide<BackwardHeads<T>::template Kernel>(args, begin, end);
-                });
-  });
+  backward(checks, grad, qkv, qkv, out, lse, scale, s, {s.sequences, s.queries, s.heads, s.width},
+           {s.sequences, s.heads, s.queries}, grad_qkv, grad_qkv);
+  return grad_qkv;
+}
+
+Shape check_apart(const Checks& checks, const Tensor& q, const Tensor& kv) {
+  checks.dimensions("q", q, 4);
+  check_dtype(checks, "q", q);
+  checks.shape("kv", kv, {q.size(0), kv.dim() > 1 ? kv.size(1) : 0, 2, q.size(2), q.size(3)});
+  checks.dtype("kv", kv.scalar_type(), kv.scalar_type() == q.scalar_type());
+  if (kv.size(1) < 1) refuse(checks.op, ": expected at least one key, got kv ", shape_of(kv));
+  return {q.size(0), q.size(1), kv.size(1), q.size(2), q.size(3), false, nullptr, 0};
+}
+
+std::tuple<Tensor, Tensor> attention_queries_cpu(Tensor q, Tensor kv, double scale) {
+  const Shape s = check_apart({"attention_queries", "cpu"}, q, kv);
+  return forward(packed(q), packed(kv), scale, s, {s.sequences, s.queries, s.heads, s.width},
+                 {s.sequences, s.heads, s.queries});
+}
+
+std::tuple<Tensor, Tensor> attention_queries_backward_cpu(Tensor grad, Tensor q, Tensor kv,
+                                                          Tensor out, Tensor lse, double scale) {
+  const Checks checks{"attention_queries_backward", "cpu"};
+  const Shape s = check_apart(checks, q, kv);
+  q = packed(q), kv = packed(kv);
+  Tensor grad_q = torch::stable::empty_like(q), grad_kv = torch::stable::empty_like(kv);
+  backward(checks, grad, q, kv, out, lse, scale, s, {s.sequences, s.queries, s.heads, s.width},
+           {s.sequences, s.heads, s.queries}, grad_q, grad_kv);
+  return {grad_q, grad_kv};
+}
+
+// `starts` is contiguous; the shape points into it.
+Shape check_varlen(const Checks& checks, const Tensor& qkv, const Tensor& starts, int64_t longest) {
+  checks.dimensions("qkv", qkv, 4);
+  check_dtype(checks, "qkv", qkv);
+  if (qkv.size(1) != 3) refuse(checks.op, ": expected qkv (T, 3, H, D), got ", shape_of(qkv));
+  checks.dimensions("cu_seqlens", starts, 1);
+  checks.dtype("cu_seqlens", starts.scalar_type(), starts.scalar_type() == ScalarType::Int);
+  const int64_t rows = qkv.size(0), sequences = starts.size(0) - 1;
+  const int32_t* const first = data<int32_t>(starts);
+  bool cut = sequences >= 0 && first[0] == 0 && first[sequences] == rows;
+  for (int64_t i = 0; cut && i < sequences; ++i) {
+    const int64_t length = int64_t{first[i + 1]} - first[i];
+    cut = length >= 0 && length <= longest;
+  }
+  if (!cut)
+    refuse(checks.op, ": expected cu_seqlens that rise from 0 to the number of rows, ", rows,
+           ", by at most max_seqlen, ", longest, ", each");
+  return {sequences, longest, longest, qkv.size(2), qkv.size(3), true, first, rows};
+}
+
+std::tuple<Tensor, Tensor> attention_varlen_cpu(Tensor qkv, Tensor starts, int64_t longest,
+                                                double scale) {
+  qkv = packed(qkv), starts = packed(starts);
+  const Shape s = check_varlen({"attention_varlen", "cpu"}, qkv, starts, longest);
+  return forward(qkv, qkv, scale, s, {s.rows, s.heads, s.width}, {s.heads, s.rows});
+}
+
+Tensor attention_varlen_backward_cpu(Tensor grad, Tensor qkv, Tensor out, Tensor lse, Tensor starts,
+                                     int64_t longest, double scale) {
+  const Checks checks{"attention_varlen_backward", "cpu"};
+  qkv = packed(qkv), starts = packed(starts);
+  const Shape s = check_varlen(checks, qkv, starts, longest);
+  Tensor grad_qkv = torch::stable::empty_like(qkv);
+  backward(checks, grad, qkv, qkv, out, lse, scale, s, {s.rows, s.heads, s.width},
+           {s.heads, s.rows}, grad_qkv, grad_qkv);
   return grad_qkv;
 }
 
@@ -378,4 +498,8 @@ Tensor attention_backward_cpu(Tensor grad, Tensor qkv, Tensor out, Tensor lse, d
 STABLE_TORCH_LIBRARY_IMPL(fastmim_native, CPU, m) {
   m.impl("attention", TORCH_BOX(&attention_cpu));
   m.impl("attention_backward", TORCH_BOX(&attention_backward_cpu));
+  m.impl("attention_queries", TORCH_BOX(&attention_queries_cpu));
+  m.impl("attention_queries_backward", TORCH_BOX(&attention_queries_backward_cpu));
+  m.impl("attention_varlen", TORCH_BOX(&attention_varlen_cpu));
+  m.impl("attention_varlen_backward", TORCH_BOX(&attention_varlen_backward_cpu));
 }

@@ -36,6 +36,16 @@ STABLE_TORCH_LIBRARY(fastmim_native, m) {
   m.def("attention(Tensor qkv, float scale) -> (Tensor, Tensor)");
   m.def(
       "attention_backward(Tensor grad, Tensor qkv, Tensor out, Tensor lse, float scale) -> Tensor");
+  m.def("attention_queries(Tensor q, Tensor kv, float scale) -> (Tensor, Tensor)");
+  m.def(
+      "attention_queries_backward(Tensor grad, Tensor q, Tensor kv, Tensor out, Tensor lse, "
+      "float scale) -> (Tensor, Tensor)");
+  m.def(
+      "attention_varlen(Tensor qkv, Tensor cu_seqlens, int max_seqlen, float scale) "
+      "-> (Tensor, Tensor)");
+  m.def(
+      "attention_varlen_backward(Tensor grad, Tensor qkv, Tensor out, Tensor lse, "
+      "Tensor cu_seqlens, int max_seqlen, float scale) -> Tensor");
   m.def(
       "norm(Tensor x, Tensor? branch, Tensor weight, Tensor bias, float eps, ScalarType dtype) "
       "-> (Tensor, Tensor, Tensor, Tensor)");

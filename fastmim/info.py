@@ -15,8 +15,8 @@ from typing import Any
 import torch
 
 from fastmim.ops import OPS
+from fastmim.ops._attention_choice import GPU_TABLE
 from fastmim.ops._registry import PREFERENCE, Op, extension_problem
-from fastmim.ops.attention import GPU_TABLE
 
 _PACKAGES = (
     *("torch", "triton", "numpy", "safetensors", "simplejpeg", "pillow", "pyarrow"),

@@ -2,6 +2,7 @@
 
 import copy
 import importlib.util
+import itertools
 
 import pytest
 import torch
@@ -90,12 +91,23 @@ def in_double(args: tuple, dtype: torch.dtype) -> tuple:
     return tree_map(widen, args)
 
 
-def plain_attention(qkv: Tensor, scale: float) -> tuple[Tensor, Tensor]:
-    """What a user writes in the dtype of ``qkv``; the reference computes in float32 at least."""
-    q, k, v = qkv.permute(2, 0, 3, 1, 4)
+def plain_attention_queries(q: Tensor, kv: Tensor, scale: float) -> tuple[Tensor, Tensor]:
+    """What a user writes in the dtype of ``q``; the reference computes in float32 at least."""
+    q, (k, v) = q.transpose(1, 2), kv.permute(2, 0, 3, 1, 4)
     scores = (q @ k.transpose(-1, -2)) * scale
     lse = scores.to(torch.promote_types(scores.dtype, torch.float32)).logsumexp(dim=-1)
     return (scores.softmax(dim=-1) @ v).transpose(1, 2), lse
+
+
+def plain_attention(qkv: Tensor, scale: float) -> tuple[Tensor, Tensor]:
+    return plain_attention_queries(qkv[:, :, 0], qkv[:, :, 1:], scale)
+
+
+def plain_attention_varlen(qkv: Tensor, cu_seqlens: Tensor, max_seqlen, scale: float):
+    parts = [
+        plain_attention(qkv[None, a:b], scale) for a, b in itertools.pairwise(cu_seqlens.tolist())
+    ]
+    return torch.cat([out[0] for out, _ in parts]), torch.cat([lse[0] for _, lse in parts], dim=1)
 
 
 def plain_attention_backward(grad: Tensor, qkv: Tensor, out, lse, scale: float) -> Tensor:
@@ -103,8 +115,26 @@ def plain_attention_backward(grad: Tensor, qkv: Tensor, out, lse, scale: float) 
     return torch.autograd.grad(plain_attention(qkv, scale)[0], qkv, grad)
 
 
+def plain_attention_queries_backward(grad: Tensor, q: Tensor, kv: Tensor, out, lse, scale: float):
+    q, kv = (t.detach().requires_grad_() for t in (q, kv))
+    return torch.autograd.grad(plain_attention_queries(q, kv, scale)[0], (q, kv), grad)
+
+
+def plain_attention_varlen_backward(grad, qkv, out, lse, cu_seqlens, max_seqlen, scale) -> Tensor:
+    qkv = qkv.detach().requires_grad_()
+    out, _ = plain_attention_varlen(qkv, cu_seqlens, max_seqlen, scale)
+    return torch.autograd.grad(out, qkv, grad)
+
+
 # Plain PyTorch in the dtype of the call, where the reference is more careful than that.
-PLAIN = {"attention": plain_attention, "attention_backward": plain_attention_backward}
+PLAIN = {
+    "attention": plain_attention,
+    "attention_backward": plain_attention_backward,
+    "attention_queries": plain_attention_queries,
+    "attention_queries_backward": plain_attention_queries_backward,
+    "attention_varlen": plain_attention_varlen,
+    "attention_varlen_backward": plain_attention_varlen_backward,
+}
 
 
 def truths(op: Op, args: tuple, dtype: torch.dtype) -> tuple[list[Tensor], list[Tensor]]:

@@ -73,6 +73,17 @@ def _attention(draw) -> dict:
     return dict(b=draw(_SMALL), n=draw(st.integers(1, 70)), h=draw(_POSITIVE), d=draw(_POSITIVE))
 
 
+def _attention_queries(draw) -> dict:
+    # A gradient of queries to one key alone is 0, a difference of equal sums: mere rounding.
+    n = draw(st.integers(2, 70))
+    return dict(_attention(draw), m=draw(st.integers(0, 70)), n=n)
+
+
+def _attention_varlen(draw) -> dict:
+    lengths = tuple(draw(st.lists(_TOKENS, min_size=1, max_size=5).filter(any)))
+    return dict(lengths=lengths, h=draw(_POSITIVE), d=draw(_POSITIVE))
+
+
 def _patches(draw, count: str) -> dict:
     h, w = draw(_SMALL), draw(_SMALL)
     cut = dict(c=draw(_POSITIVE), h=h, w=w, p=draw(st.integers(1, 5)), uint8=draw(_FLAG))
@@ -116,6 +127,10 @@ _SIZES: dict[str, Callable[..., dict]] = {
     "restore_tokens_backward": _restored,
     "attention": _attention,
     "attention_backward": _attention,
+    "attention_queries": _attention_queries,
+    "attention_queries_backward": _attention_queries,
+    "attention_varlen": _attention_varlen,
+    "attention_varlen_backward": _attention_varlen,
     "norm": _rows,
     "norm_backward": _rows,
     "norm_linear": _rows,
@@ -175,8 +190,9 @@ def _calls(draw, op: Op) -> Call:
     variant = 0
     if op.name != "feature_loss" or sizes["m"] == sizes["n"]:  # without ids it is row by row
         variant = draw(st.integers(0, len(variants(op, make(op, "edge", "cpu", dtype))) - 1))
-    # All or none: what was computed from an expanded tensor must be expanded with it.
-    if op.name not in IN_PLACE and draw(_FLAG):
+    # All or none: what was computed from an expanded tensor must be expanded with it. Starts of
+    # sequences cannot be: they would all be 0.
+    if op.name not in IN_PLACE and "varlen" not in op.name and draw(_FLAG):
         layouts = [expanded]
     else:
         layouts = draw(st.lists(st.sampled_from(_LAYOUTS), min_size=1, max_size=7))

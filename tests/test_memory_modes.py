@@ -1,13 +1,18 @@
 """Blocks that keep less for the backward pass give the same results."""
 
+import contextlib
+import importlib
+import sys
+from pathlib import Path
+
 import pytest
 import torch
 from torch import nn
 
-from fastmim.nn import Block, MaskedAutoencoder
+from fastmim.nn import Block, MaskedAutoencoder, layers
 from fastmim.nn.encoder import LAYER_NORM
 from fastmim.nn.layers import MEMORY_MODES, Linear, Residual
-from fastmim.ops import sample_masks
+from fastmim.ops import gather_tokens, sample_masks
 from tests import accuracy
 
 B, N, DIM, HEADS = 64, 50, 64, 4
@@ -75,6 +80,43 @@ def test_results_and_gradients_are_those_of_the_standard_mode(memory, some):
 
 
 @pytest.mark.parametrize("memory", MEMORY_MODES)
+def test_wanted_tokens_are_those_of_the_whole_block(memory):
+    ids = torch.stack([torch.randperm(N)[:20] for _ in range(B)])
+
+    def rows(dtype, wanted):
+        layer, given = block(memory).to(dtype), stream(dtype)
+        out = layer(given, ids).total() if wanted else gather_tokens(layer(given).total(), ids)
+        torch.manual_seed(2)
+        out.backward(torch.randn(out.shape, dtype=dtype))
+        return [out.detach(), given.x.grad, given.branch.grad] + [
+            p.grad for p in layer.parameters()
+        ]
+
+    cases = rows(torch.float32, True), rows(torch.float32, False), rows(torch.float64, False)
+    for a, b, c in zip(*cases, strict=True):
+        accuracy.relative(a, b, c)
+
+
+def test_only_wanted_tokens_become_queries(monkeypatch):
+    asked = []
+    real = layers.attention_queries
+    monkeypatch.setattr(
+        layers, "attention_queries", lambda q, kv: (asked.append((q, kv)), real(q, kv))[1]
+    )
+    block("standard")(stream(torch.float32), torch.arange(5, 25).expand(B, -1))
+    ((q, kv),) = asked
+    assert (q.shape, kv.shape) == ((B, 20, HEADS, DIM // HEADS), (B, N, 2, HEADS, DIM // HEADS))
+
+
+def test_a_replaced_projection_is_called_for_all_tokens():
+    layer, ids = block("standard"), torch.arange(5, 25).expand(B, -1)
+    given = stream(torch.float32)
+    expected = layer(given, ids).total()
+    layer.attn.qkv = nn.Sequential(layer.attn.qkv)
+    accuracy.scalar((layer(given, ids).total() - expected).norm() + 1, 1.0, torch.float32)
+
+
+@pytest.mark.parametrize("memory", MEMORY_MODES)
 def test_a_model_trains_in_every_mode(memory):
     torch.manual_seed(0)
     model = MaskedAutoencoder(
@@ -124,3 +166,42 @@ def test_a_lean_block_refuses_a_replaced_layer():
     layer.attn.qkv = nn.Sequential(Linear(DIM, 3 * DIM))
     with pytest.raises(TypeError, match=r"memory 'lean'.*got LayerNorm and Sequential"):
         layer(stream(torch.float32))
+
+
+@pytest.fixture(scope="module")
+def memory():
+    """benchmarks/memory_model.py, which counts on tensors without memory."""
+    folder = str(Path(__file__).parents[1] / "benchmarks")
+    sys.path.append(folder)
+    try:
+        return importlib.import_module("memory_model")
+    finally:
+        sys.path.remove(folder)
+
+
+def test_a_step_of_rc_mae_keeps_what_its_mode_promises(memory):
+    """ViT-L/16, 256 images: counted, and its peak as predicted from that."""
+    found = dict(memory.footprints("mae_vit_large_patch16", 256))
+    eager = found["eager + SDPA"]
+    assert found["standard, fp32 residual"].saved < eager.saved
+    assert found["lean, bf16 residual"].saved < 0.6 * eager.saved
+    assert found["recompute_mlp, bf16 residual"].saved < eager.saved / 2
+    assert found["recompute_mlp, bf16 residual"].peak < eager.peak / 2
+    assert found["checkpoint, bf16 residual"].saved < eager.saved / 8
+
+
+@pytest.mark.parametrize(
+    ("mode", "most"), [("lean", 0.6), ("recompute_mlp", 0.5), ("checkpoint", 0.125)]
+)
+def test_counted_memory_is_that_of_a_real_step(memory, monkeypatch, mode, most):
+    """At the proportions of ViT-L/16, with the counted storages in memory."""
+    small = dict(patch_size=16, embed_dim=64, depth=24, num_heads=2)
+    small |= dict(decoder_embed_dim=32, decoder_depth=8, decoder_num_heads=1)
+    monkeypatch.setitem(memory.MODELS, "small_large", small)
+    monkeypatch.setattr(memory, "MEMORY_MODES", (mode,))
+    counted = dict(memory.footprints("small_large", 2))
+    monkeypatch.setattr(memory, "FakeTensorMode", contextlib.nullcontext)
+    real = dict(memory.footprints("small_large", 2))
+    for name, footprint in real.items():
+        assert footprint.saved == counted[name].saved
+    assert real[f"{mode}, bf16 residual"].saved < most * real["eager + SDPA"].saved

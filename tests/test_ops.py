@@ -44,8 +44,8 @@ FULL_GRADCHECK = 150  # inputs up to which every entry of the Jacobian is compar
 GUARD = 77  # a value of every dtype
 MARGIN = 4096  # elements around a guarded tensor: more than a tile
 
-# Backends without float32, tested in bfloat16 instead.
-HALF = {("attention", "triton"), ("attention_backward", "triton")}
+# Backends that take float32 in small shapes alone, tested in bfloat16 instead.
+HALF = {(name, "triton") for name in OPS if name.startswith("attention")}
 
 EDGES = [(op, shape) for op in OPS.values() for shape in op.shapes if shape.startswith("edge")]
 CASES = [
@@ -162,6 +162,8 @@ def test_repeats_to_the_bit(op, backend, shape, device):
 def test_any_layout_gives_the_contiguous_result(op, backend, shape, layout, device):
     if layout is expanded and op.name in IN_PLACE:
         pytest.skip("memory that is written cannot be shared")
+    if layout is expanded and op.name.startswith("attention_varlen"):
+        pytest.skip("starts that are all the same cut no sequences")
     args = make(op, shape, device, usual(op, backend))
     laid_out = tree_map(lambda leaf: layout(leaf) if isinstance(leaf, Tensor) else leaf, args)
     contiguous = tree_map(

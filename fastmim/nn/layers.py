@@ -10,6 +10,7 @@ from torch.utils.checkpoint import checkpoint
 
 from fastmim.ops import (
     attention,
+    attention_queries,
     bias_gelu,
     bias_gelu_linear,
     gather_tokens,
@@ -73,7 +74,12 @@ MEMORY_MODES = ("standard", "lean", "recompute_mlp", "checkpoint")
 
 
 def add_norm_linear(
-    norm: nn.Module, layer: nn.Module, stream: Residual, *, bias: bool = True
+    norm: nn.Module,
+    layer: nn.Module,
+    stream: Residual,
+    *,
+    bias: bool = True,
+    part: slice = slice(None),
 ) -> tuple[Tensor, Tensor]:
     """``layer(norm(stream))`` that keeps the stream alone for the backward pass.
 
@@ -82,6 +88,7 @@ def add_norm_linear(
         layer: A plain :class:`Linear`.
         stream: (B, N, D).
         bias: Add the layer's bias.
+        part: Of the layer's E outputs, those wanted.
 
     Returns:
         The layer's output (B, N, E), and the stream after its addition.
@@ -99,8 +106,8 @@ def add_norm_linear(
         stream.x,
         norm.weight,
         norm.bias,
-        layer.weight,
-        layer.bias if bias else None,
+        layer.weight[part],
+        layer.bias[part] if bias else None,
         eps=norm.eps,
         branch=stream.branch,
     )
@@ -134,6 +141,12 @@ class Attention(nn.Module):
         b, n, width = qkv.shape
         packed = qkv.view(b, n, 3, self.num_heads, width // (3 * self.num_heads))
         return attention(packed).view(b, n, width // 3)
+
+    def mix_queries(self, q: Tensor, kv: Tensor) -> Tensor:
+        """Of some tokens: (B, K, D) and (B, N, 2 * D) to (B, K, D)."""
+        (b, k, dim), heads = q.shape, self.num_heads
+        parts = q.view(b, k, heads, -1), kv.view(b, kv.shape[1], 2, heads, dim // heads)
+        return attention_queries(*parts).view(b, k, dim)
 
 
 class Mlp(nn.Module):
@@ -213,7 +226,7 @@ class Block(nn.Module):
         Args:
             x: (B, N, D); or a :class:`Residual`, whose addition is then done on the way and whose
                 successor leaves its own to the next block.
-            ids: (B, K), int64: the tokens wanted. What follows the attention is then computed for
+            ids: (B, K), int64: the tokens wanted. Queries and what follows are then computed for
                 these alone. Default: all.
             scale: (B, 2), factors of each image's two branches, attention first. Default: 1.
 
@@ -222,22 +235,31 @@ class Block(nn.Module):
         """
         stream = x if isinstance(x, Residual) else Residual(x)
         if self.memory == "checkpoint" and torch.is_grad_enabled():
-            whole = Residual(stream.total())
-            stream = checkpoint(self._transform, whole, ids, scale, **_CHECKPOINT)
+            stream = checkpoint(self._again, stream.total(), ids, scale, **_CHECKPOINT)
         else:
             stream = self._transform(stream, ids, scale)
         return stream if isinstance(x, Residual) else stream.total()
 
+    def _again(self, x: Tensor, ids: Tensor | None, scale: Tensor | None) -> Residual:
+        return self._transform(Residual(x), ids, scale)
+
+    @property
+    def lean(self) -> bool:
+        """Whether normalised tokens are made again in the backward pass."""
+        return self.memory in ("lean", "recompute_mlp")
+
     def _transform(self, stream: Residual, ids: Tensor | None, scale: Tensor | None) -> Residual:
-        lean = self.memory in ("lean", "recompute_mlp")
-        if lean:
-            qkv, total = add_norm_linear(self.norm1, self.attn.qkv, stream)
+        if ids is not None and _plain(self.attn.qkv, Linear):
+            mixed, total = self._attend_from(ids, stream)
         else:
-            tokens, total = add_norm(self.norm1, stream)
-            qkv = self.attn.qkv(tokens)
-        mixed = self.attn.mix(qkv)
-        if ids is not None:
-            total, mixed = gather_tokens(total, ids), gather_tokens(mixed, ids)
+            if self.lean:
+                qkv, total = add_norm_linear(self.norm1, self.attn.qkv, stream)
+            else:
+                tokens, total = add_norm(self.norm1, stream)
+                qkv = self.attn.qkv(tokens)
+            mixed = self.attn.mix(qkv)
+            if ids is not None:
+                total, mixed = gather_tokens(total, ids), gather_tokens(mixed, ids)
         branch = self.attn.proj(mixed)
         if scale is not None:
             branch = _scaled(branch, scale[:, 0])
@@ -245,7 +267,7 @@ class Block(nn.Module):
         if self.memory == "recompute_mlp" and torch.is_grad_enabled():
             total = stream.total()
             branch = checkpoint(self._expand, total, **_CHECKPOINT)
-        elif lean:
+        elif self.lean:
             hidden, total = add_norm_linear(self.norm2, self.mlp.fc1, stream, bias=False)
             branch = self.mlp.contract(hidden)
         else:
@@ -254,6 +276,26 @@ class Block(nn.Module):
         if scale is not None:
             branch = _scaled(branch, scale[:, 1])
         return Residual(total, branch)
+
+    def _attend_from(self, ids: Tensor, stream: Residual) -> tuple[Tensor, Tensor]:
+        """Attention of the tokens ``ids`` to all, and their residual stream; (B, K, D) both.
+
+        They are normalised once more instead of being copied: their gradient then joins that of the
+        residual stream on its way back.
+        """
+        dim = self.attn.qkv.in_features
+        kv, total = self._project(stream, slice(dim, None))
+        total = gather_tokens(total, ids)
+        q, total = self._project(Residual(total), slice(dim))
+        return self.attn.mix_queries(q, kv), total
+
+    def _project(self, stream: Residual, part: slice) -> tuple[Tensor, Tensor]:
+        """The outputs ``part`` of the qkv projection, and the stream after its addition."""
+        layer = self.attn.qkv
+        if self.lean:
+            return add_norm_linear(self.norm1, layer, stream, part=part)
+        tokens, total = add_norm(self.norm1, stream)
+        return linear(tokens, layer.weight[part], layer.bias[part]), total
 
     def _expand(self, total: Tensor) -> Tensor:
         return self.mlp(add_norm(self.norm2, Residual(total))[0])

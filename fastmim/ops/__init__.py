@@ -1,7 +1,8 @@
 """Every operator of the library; one module per operator."""
 
 from fastmim.ops._registry import OPS, use_backend
-from fastmim.ops.attention import attention
+from fastmim.ops.attention import attention, attention_queries
+from fastmim.ops.attention_varlen import attention_varlen
 from fastmim.ops.augment import augment
 from fastmim.ops.feature_loss import feature_loss
 from fastmim.ops.gather import gather_tokens, scatter_tokens
@@ -28,6 +29,8 @@ __all__ = [
     "PatchLoss",
     "adamw_ema_",
     "attention",
+    "attention_queries",
+    "attention_varlen",
     "augment",
     "bias_gelu",
     "bias_gelu_linear",

@@ -1,18 +1,25 @@
-"""GPU attention kernels of PyTorch and xformers over packed qkv (B, N, 3, H, D).
+"""GPU attention kernels of PyTorch and xformers, over views (B, N, H, D) of the projections.
 
 All of them return the natural logarithm of the sum of exponentials of the scaled scores, so forward
 and backward pass need not come from the same library, or may come from ours. The gradients of q, k
-and v are separate tensors and are stacked.
+and v are separate tensors.
 """
 
+from __future__ import annotations
+
+import itertools
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from fastmim.ops._registry import compute_capability, installed
+
+if TYPE_CHECKING:
+    from fastmim.ops._attention_choice import Call
 
 aten = torch.ops.aten
 
@@ -22,9 +29,10 @@ class Library:
     """One library's kernels.
 
     Args:
-        forward: q, k, v (B, H, N, D) and the scale to out (B, H, N, D) and lse (B, H, N).
-        backward: grad, q, k, v, out (B, H, N, D), lse, scale to the gradients of q, k and v.
-        dtypes: Those of qkv.
+        forward: q (B, H, M, D), k, v (B, H, N, D) and the scale to out (B, H, M, D) and lse
+            (B, H, M).
+        backward: grad (B, H, M, D), q, k, v, out, lse, scale to the gradients of q, k and v.
+        dtypes: Those of q, k and v.
         max_head_dim: D is a multiple of 8 up to this.
     """
 
@@ -39,10 +47,10 @@ def _flash(q, k, v, scale):
 
 
 def _flash_backward(grad, q, k, v, out, lse, scale):
-    n = q.shape[2]
+    m, n = q.shape[2], k.shape[2]
     seed = torch.empty(2, device=q.device, dtype=torch.uint64)  # of a dropout that is off
     return aten._scaled_dot_product_flash_attention_backward(
-        *(grad, q, k, v, out, lse, None, None, n, n, 0.0, False, seed, seed[0]), scale=scale
+        *(grad, q, k, v, out, lse, None, None, m, n, 0.0, False, seed, seed[0]), scale=scale
     )
 
 
@@ -65,10 +73,10 @@ def _cudnn(q, k, v, scale):
 
 
 def _cudnn_backward(grad, q, k, v, out, lse, scale):
-    n = q.shape[2]
+    m, n = q.shape[2], k.shape[2]
     seed = torch.empty((), device=q.device, dtype=torch.int64)
     return aten._scaled_dot_product_cudnn_attention_backward(
-        *(grad, q, k, v, out, lse[..., None], seed, seed, None, None, None, n, n, 0.0, False),
+        *(grad, q, k, v, out, lse[..., None], seed, seed, None, None, None, m, n, 0.0, False),
         scale=scale,
     )
 
@@ -98,47 +106,124 @@ LIBRARIES = {
 }
 
 
-def library_for(name: str | None, qkv: Tensor) -> str:
+def library_for(name: str | None, call: Call) -> str:
     """``name``, or PyTorch's usual choice: flash for 16 bits from sm_80 on, else efficient."""
     if name is not None:
         return name
-    return "flash" if qkv.dtype in _HALF and _has_flash(qkv.device) else "efficient"
+    return "flash" if call.dtype in _HALF and _has_flash(call.device) else "efficient"
 
 
 def _has_flash(device: torch.device) -> bool:
     return (compute_capability(device) or (8, 0)) >= (8, 0)
 
 
-def refuses(name: str | None, qkv: Tensor) -> str | None:
-    """Why the library cannot serve; None if it can. Reads dtype, shape and device."""
-    name = library_for(name, qkv)
+def refuses(name: str, call: Call) -> str | None:
+    """Why the library cannot serve; None if it can."""
     library = LIBRARIES[name]
     if name == "xformers" and not installed("xformers"):
         return "xformers is not installed; pip install 'fastmim[xformers]'"
-    if qkv.dtype not in library.dtypes:
-        names = ", ".join(str(t).removeprefix("torch.") for t in library.dtypes)
-        return f"{name} attention takes {names}, not {qkv.dtype}"
-    if qkv.shape[-1] % 8 or qkv.shape[-1] > library.max_head_dim:
+    dtypes = _HALF if name == "xformers" and call.varlen else library.dtypes
+    if call.dtype not in dtypes:
+        names = ", ".join(str(t).removeprefix("torch.") for t in dtypes)
+        return f"{name} attention takes {names}, not {call.dtype}"
+    if call.head_dim % 8 or call.head_dim > library.max_head_dim:
         limit = library.max_head_dim
         return f"{name} attention takes head dims that are multiples of 8 up to {limit}"
-    if qkv.numel() == 0:
+    if call.empty:
         return f"{name} attention does not take empty tensors"
-    if name in ("flash", "cudnn") and not _has_flash(qkv.device):
+    if name in ("flash", "cudnn") and not _has_flash(call.device):
         return f"{name} attention needs a GPU from compute capability 8.0 on"
     return None
 
 
-def attention(name: str | None, qkv: Tensor, scale: float) -> tuple[Tensor, Tensor]:
-    q, k, v = qkv.contiguous().permute(2, 0, 3, 1, 4)
-    out, lse = LIBRARIES[library_for(name, qkv)].forward(q, k, v, scale)
+def attention(name: str, q: Tensor, k: Tensor, v: Tensor, scale: float) -> tuple[Tensor, Tensor]:
+    """q (B, M, H, D), k and v (B, N, H, D) to out (B, M, H, D) and lse (B, H, M)."""
+    q, k, v = (t.transpose(1, 2) for t in (q, k, v))
+    out, lse = LIBRARIES[name].forward(q, k, v, scale)
     return out.transpose(1, 2).contiguous(), lse.contiguous()
 
 
 def attention_backward(
-    name: str | None, grad: Tensor, qkv: Tensor, out: Tensor, lse: Tensor, scale: float
+    name: str, grad: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, scale: float
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Gradients of q, k and v, each like its tensor."""
+    grad, out = grad.contiguous(), out.contiguous()
+    grad, q, k, v, out = (t.transpose(1, 2) for t in (grad, q, k, v, out))
+    grads = LIBRARIES[name].backward(grad, q, k, v, out, lse.contiguous(), scale)
+    return tuple(g.transpose(1, 2) for g in grads)
+
+
+def varlen(
+    name: str, qkv: Tensor, cu_seqlens: Tensor, max_seqlen: int, scale: float
+) -> tuple[Tensor, Tensor]:
+    """qkv (T, 3, H, D) to out (T, H, D) and lse (H, T); waits for the GPU unless it is flash."""
+    q, k, v = qkv.contiguous().unbind(1)
+    if name == "flash":
+        given = (cu_seqlens, cu_seqlens, max_seqlen, max_seqlen, 0.0, False, False)
+        return aten._flash_attention_forward(q, k, v, *given, scale=scale)[:2]
+    if name == "xformers":
+        return _xformers_varlen(q, k, v, _block_diagonal(cu_seqlens), scale)
+    parts = [
+        attention(name, *(t[None, a:b] for t in (q, k, v)), scale)
+        for a, b in itertools.pairwise(cu_seqlens.tolist())
+        if a < b
+    ]
+    return torch.cat([out[0] for out, _ in parts]), torch.cat([lse[0] for _, lse in parts], dim=1)
+
+
+def varlen_backward(
+    name: str,
+    grad: Tensor,
+    qkv: Tensor,
+    out: Tensor,
+    lse: Tensor,
+    cu_seqlens: Tensor,
+    max_seqlen: int,
+    scale: float,
 ) -> Tensor:
-    q, k, v = qkv.contiguous().permute(2, 0, 3, 1, 4)
-    grad, out = (t.contiguous().transpose(1, 2) for t in (grad, out))
-    library = LIBRARIES[library_for(name, qkv)]
-    grads = library.backward(grad, q, k, v, out, lse.contiguous(), scale)
-    return torch.stack([g.transpose(1, 2) for g in grads], dim=2)
+    """Gradient of qkv, likewise."""
+    q, k, v = qkv.contiguous().unbind(1)
+    grad, out, lse = grad.contiguous(), out.contiguous(), lse.contiguous()
+    if name == "flash":
+        seed = torch.empty(2, device=q.device, dtype=torch.uint64)  # of a dropout that is off
+        given = (cu_seqlens, cu_seqlens, max_seqlen, max_seqlen, 0.0, False, seed, seed[0])
+        grads = aten._flash_attention_backward(grad, q, k, v, out, lse, *given, scale=scale)
+        return torch.stack(grads[:3], dim=1)
+    if name == "xformers":
+        mask = _block_diagonal(cu_seqlens)
+        return torch.stack(_xformers_varlen_backward(grad, q, k, v, out, lse, mask, scale), dim=1)
+    parts = [
+        attention_backward(
+            name, *(t[None, a:b] for t in (grad, q, k, v, out)), lse[None, :, a:b], scale
+        )
+        for a, b in itertools.pairwise(cu_seqlens.tolist())
+        if a < b
+    ]
+    return torch.cat([torch.stack(grads, dim=2)[0] for grads in parts])
+
+
+def _block_diagonal(cu_seqlens: Tensor):
+    from xformers.ops import fmha
+
+    lengths = [b - a for a, b in itertools.pairwise(cu_seqlens.tolist())]
+    return fmha.attn_bias.BlockDiagonalMask.from_seqlens(lengths, device=cu_seqlens.device)
+
+
+def _xformers_varlen(q, k, v, mask, scale: float) -> tuple[Tensor, Tensor]:
+    from xformers.ops import fmha
+
+    q, k, v = (t[None] for t in (q, k, v))
+    out, lse = fmha.memory_efficient_attention_forward_requires_grad(
+        q, k, v, mask, scale=scale, op=fmha.flash.FwOp
+    )
+    return out[0], lse[0, :, : q.shape[1]]
+
+
+def _xformers_varlen_backward(grad, q, k, v, out, lse, mask, scale: float) -> tuple[Tensor, ...]:
+    from xformers.ops import fmha
+
+    grad, q, k, v, out = (t[None] for t in (grad, q, k, v, out))
+    grads = fmha.memory_efficient_attention_backward(
+        grad, out, lse[None], q, k, v, mask, scale=scale, op=fmha.flash.BwOp
+    )
+    return tuple(g[0] for g in grads)

@@ -4,6 +4,7 @@ This file is the specification: it favours reading over speed.
 Every kernel is tested against it.
 """
 
+import itertools
 import math
 
 import torch
@@ -133,30 +134,84 @@ def restore_tokens_backward(
     return grad_x, tokens[:, num_visible:].sum(dim=(0, 1)).reshape(1, 1, -1)
 
 
-def _scores(qkv: Tensor, scale: float) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """q, k, v (B, H, N, D) and scale * q k^T, in float32 at least."""
-    if qkv.dtype != torch.float64:
-        qkv = qkv.float()
-    q, k, v = qkv.permute(2, 0, 3, 1, 4)
+def _scores(q: Tensor, kv: Tensor, scale: float) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """q (B, H, M, D), k, v (B, H, N, D) and scale * q k^T, in float32 at least."""
+    if q.dtype != torch.float64:
+        q, kv = q.float(), kv.float()
+    q, (k, v) = q.transpose(1, 2), kv.permute(2, 0, 3, 1, 4)
     return q, k, v, (q * scale) @ k.transpose(-1, -2)
 
 
-def attention(qkv: Tensor, scale: float) -> tuple[Tensor, Tensor]:
-    _, _, v, scores = _scores(qkv, scale)
+def attention_queries(q: Tensor, kv: Tensor, scale: float) -> tuple[Tensor, Tensor]:
+    _, _, v, scores = _scores(q, kv, scale)
     lse = scores.logsumexp(dim=-1)
     out = (scores - lse[..., None]).exp() @ v
-    return out.transpose(1, 2).to(qkv.dtype).contiguous(), lse
+    return out.transpose(1, 2).to(q.dtype).contiguous(), lse
 
 
-def attention_backward(grad: Tensor, qkv: Tensor, out: Tensor, lse: Tensor, scale: float) -> Tensor:
-    q, k, v, scores = _scores(qkv, scale)
+def attention_queries_backward(
+    grad: Tensor, q: Tensor, kv: Tensor, out: Tensor, lse: Tensor, scale: float
+) -> tuple[Tensor, Tensor]:
+    dtype = q.dtype
+    q, k, v, scores = _scores(q, kv, scale)
     probabilities = (scores - lse[..., None]).exp()
     grad_out = grad.to(q.dtype).transpose(1, 2)
     grad_v = probabilities.transpose(-1, -2) @ grad_out
     delta = (grad_out * out.to(q.dtype).transpose(1, 2)).sum(dim=-1, keepdim=True)
     grad_scores = probabilities * (grad_out @ v.transpose(-1, -2) - delta) * scale
-    grads = grad_scores @ k, grad_scores.transpose(-1, -2) @ q, grad_v
-    return torch.stack([g.transpose(1, 2) for g in grads], dim=2).to(qkv.dtype)
+    grad_q = (grad_scores @ k).transpose(1, 2).to(dtype).contiguous()
+    grads = grad_scores.transpose(-1, -2) @ q, grad_v
+    return grad_q, torch.stack([g.transpose(1, 2) for g in grads], dim=2).to(dtype)
+
+
+def attention(qkv: Tensor, scale: float) -> tuple[Tensor, Tensor]:
+    return attention_queries(qkv[:, :, 0], qkv[:, :, 1:], scale)
+
+
+def attention_backward(grad: Tensor, qkv: Tensor, out: Tensor, lse: Tensor, scale: float) -> Tensor:
+    given = grad, qkv[:, :, 0], qkv[:, :, 1:], out, lse
+    grad_q, grad_kv = attention_queries_backward(*given, scale)
+    return torch.cat([grad_q[:, :, None], grad_kv], dim=2)
+
+
+def sequences(cu_seqlens: Tensor, max_seqlen: int, rows: int) -> list[tuple[int, int]]:
+    """First and last row + 1 of each sequence; refuses starts that do not cut the rows."""
+    starts = cu_seqlens.tolist()
+    pairs = list(itertools.pairwise(starts))
+    if starts[0] != 0 or starts[-1] != rows or any(not 0 <= b - a <= max_seqlen for a, b in pairs):
+        raise ValueError(
+            "attention_varlen: expected cu_seqlens that rise from 0 to the number of rows, "
+            f"{rows}, by at most max_seqlen, {max_seqlen}, each; got {cu_seqlens.tolist()}"
+        )
+    return pairs
+
+
+def attention_varlen(
+    qkv: Tensor, cu_seqlens: Tensor, max_seqlen: int, scale: float
+) -> tuple[Tensor, Tensor]:
+    pairs = sequences(cu_seqlens, max_seqlen, qkv.shape[0])
+    parts = [attention(qkv[None, a:b], scale) for a, b in pairs]
+    return torch.cat([out[0] for out, _ in parts]), torch.cat([lse[0] for _, lse in parts], dim=1)
+
+
+def attention_varlen_backward(
+    grad: Tensor,
+    qkv: Tensor,
+    out: Tensor,
+    lse: Tensor,
+    cu_seqlens: Tensor,
+    max_seqlen: int,
+    scale: float,
+) -> Tensor:
+    pairs = sequences(cu_seqlens, max_seqlen, qkv.shape[0])
+    return torch.cat(
+        [
+            attention_backward(
+                *(grad[None, a:b], qkv[None, a:b], out[None, a:b], lse[None, :, a:b]), scale
+            )[0]
+            for a, b in pairs
+        ]
+    )
 
 
 def patch_target(
