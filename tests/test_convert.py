@@ -140,6 +140,24 @@ def test_tensors_come_out_bitwise_and_in_order(name, key, which):
     assert_equal(load_weights(path, which=which)[0], dict(file[key]))
 
 
+@pytest.mark.parametrize("suffix", ["", "_without_ddp"])
+@pytest.mark.parametrize("roles", [["student"], ["teacher"], ["student", "teacher"]])
+def test_rc_mae_is_known_by_either_spelling(tmp_path, roles, suffix):
+    states = {role: create_model("golden_tiny").state_dict() for role in roles}
+    torch.save({role + suffix: state for role, state in states.items()}, tmp_path / "a.pth")
+    state, found = load_weights(tmp_path / "a.pth")
+    assert (found.method, found.network, found.available) == ("rc_mae", roles[-1], roles)
+    assert_equal(state, dict(states[roles[-1]]))
+    _, written = convert(tmp_path / "a.pth", tmp_path / "b.pth", to="authors")
+    assert written == [tmp_path / "b.pth"]
+    file = load_pth(tmp_path / "b.pth")
+    if len(roles) == 1:
+        assert_equal(file, {"model": dict(states[roles[0]])})
+    else:
+        for role in roles:
+            assert_equal(file[f"{role}_without_ddp"], dict(states[role]))
+
+
 @pytest.mark.parametrize(("name", "norm_pix"), [
     ("mae_pretrain_vit_base_full.pth", True),
     ("mae_visualize_vit_base.pth", False),
