@@ -485,6 +485,18 @@ def test_a_recipe_and_the_options_of_its_script_agree(tmp_path, method, options)
     assert Recipe(model="golden_tiny", **back) == recipe
 
 
+@pytest.mark.parametrize(("depths", "teacher", "first"), [
+    (None, None, 2), ((1, 2), None, 1), ((1, 2), 0, 0),
+])  # fmt: skip
+def test_the_first_teacher_is_as_deep_as_the_first_student(tmp_path, depths, teacher, first):
+    torch.save(create_model("golden_tiny", target="tokens").state_dict(), tmp_path / "a.pth")
+    recipe = Recipe(model="golden_tiny", batch_size=8, epochs=4, warmup_epochs=1,
+                    stage_epochs=(0, 2, 4), stage_depths=depths, teacher_depth=teacher)  # fmt: skip
+    options = script_options(recipe, "dbot", load_weights(tmp_path / "a.pth")[1])
+    assert options["init_teacher_encoder_depth"] == first
+    assert options["depth"] == list(depths or (2, 2))
+
+
 def test_a_run_of_fastmim_goes_to_the_authors_and_on(tmp_path):
     write_images(tmp_path / "photos", 16, size=32)
     recipe = recipe_from_dict(
