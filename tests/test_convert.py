@@ -14,6 +14,7 @@ from safetensors.torch import load_file, save_file
 from fastmim import create_model
 from fastmim.compat import models_dbot, models_mae, models_rc, models_sdae
 from fastmim.interop import convert, load_into, load_weights
+from fastmim.interop.describe import Description
 from fastmim.interop.hf import to_hf
 from fastmim.interop.names import AUTOENCODER, DBOT, SDAE, Sizes, published_shapes
 from fastmim.interop.optimizer import group_names
@@ -468,6 +469,57 @@ def test_a_run_that_cannot_go_on_is_refused(tmp_path, name, change, message):
     assert not (tmp_path / "run").exists()
 
 
+def tiny_student(tmp_path, method: str) -> Description:
+    network = create_model("golden_tiny", **METHODS[method].student_options(0.0))
+    torch.save({"model": network.state_dict()}, tmp_path / "a.pth")
+    return load_weights(tmp_path / "a.pth")[1]
+
+
+@pytest.mark.parametrize(("method", "option"), [
+    *(("mae", option) for option in ("lr", "min_lr", "weight_decay", "norm_pix_loss")),
+    *(("rc_mae", option) for option in ("momentum_teacher", "gamma")),
+    *(("dbot", option) for option in ("sdpr", "init_teacher_encoder_depth", "stage_epochs")),
+    *(("sdae", option) for option in ("drop_path", "momentum_teacher_final", "ema_op")),
+])  # fmt: skip
+def test_a_decisive_option_must_be_there(tmp_path, method, option):
+    found = tiny_student(tmp_path, method)
+    args = script_options(Recipe(model="golden_tiny"), method, found)
+    del args[option]
+    with pytest.raises(CheckpointError, match=option):
+        recipe_options(method, args, found)
+
+
+@pytest.mark.parametrize(("method", "option", "note"), [
+    ("mae", "world_size", "world_size 1"),
+    ("mae", "seed", "seed 0"),
+    ("dbot", "clip_grad", "clip_grad None"),
+    ("dbot", "tlayernorm", "tlayernorm 0"),
+    ("sdae", "momentum_teacher_warmup", "momentum_teacher_warmup 0.0"),
+    ("sdae", "momentum_teacher_warmup_ep", "momentum_teacher_warmup_ep 0"),
+    ("sdae", "ema_frequent", "ema_frequent 1"),
+    ("sdae", "shrink_num", "shrink_num None"),
+])  # fmt: skip
+def test_an_assumed_option_is_noted(tmp_path, method, option, note):
+    found = tiny_student(tmp_path, method)
+    args = {**dict(drop=0.0, attn_drop_rate=0.0),
+            **script_options(Recipe(model="golden_tiny"), method, found)}  # fmt: skip
+    recipe_options(method, args, found)
+    assert found.notes == []
+    del args[option]
+    recipe_options(method, args, found)
+    assert found.notes == [f"assumed, as the file's args do not tell: {note}"]
+
+
+@recorded
+def test_the_note_about_an_assumed_option_is_given_to_the_user(tmp_path):
+    file = golden_pth("mae/checkpoint-0")[1]
+    del file["args"].world_size
+    torch.save(file, tmp_path / "a.pth")
+    write_images(tmp_path / "photos", 8, size=32)
+    found, _ = convert(tmp_path / "a.pth", tmp_path / "run", data=str(tmp_path / "photos"))
+    assert any("assumed" in line and "world_size 1" in line for line in found.lines())
+
+
 @pytest.mark.parametrize(("method", "options"), [
     ("mae", dict(norm_pix=False)),
     ("rc_mae", dict(gamma=0.5, momentum=0.9, momentum_schedule="official")),
@@ -477,9 +529,7 @@ def test_a_run_that_cannot_go_on_is_refused(tmp_path, name, change, message):
     ("sdae", dict(folds=0)),
 ])  # fmt: skip
 def test_a_recipe_and_the_options_of_its_script_agree(tmp_path, method, options):
-    network = create_model("golden_tiny", **METHODS[method].student_options(0.0))
-    torch.save({"model": network.state_dict()}, tmp_path / "a.pth")
-    _, found = load_weights(tmp_path / "a.pth")
+    found = tiny_student(tmp_path, method)
     recipe = Recipe(**dict(model="golden_tiny", batch_size=8, epochs=3, warmup_epochs=1) | options)
     back = recipe_options(method, script_options(recipe, method, found), found)
     assert Recipe(model="golden_tiny", **back) == recipe

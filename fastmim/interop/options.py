@@ -29,11 +29,27 @@ _NEEDED = (
     "epochs",
     "warmup_epochs",
     "lr",
+    "min_lr",
+    "weight_decay",
 )
 # What no recipe says, and the one value for which it need not.
 _ONLY = {
     "dbot": {"tlayernorm": 0, "tdpr": 0.0, "norm_feature_loss": True},
     "sdae": {"drop": 0.0, "attn_drop_rate": 0.0},
+}
+# What an option is where the script does not have it; the user is told.
+_ASSUMED: dict[str, Options] = {
+    "mae": {},
+    "rc_mae": {},
+    "dbot": {**_ONLY["dbot"], "clip_grad": None},
+    "sdae": {
+        **_ONLY["sdae"],
+        "momentum_teacher_warmup": 0.0,
+        "momentum_teacher_warmup_ep": 0,
+        "ema_frequent": 1,
+        "shrink_num": None,
+        "ncrop_loss": None,
+    },
 }
 _UPDATES = {"per_epoch": "epoch", "per_ite": "step"}
 
@@ -44,15 +60,17 @@ def recipe_options(method: str, args: Mapping[str, Any], found: Description) -> 
     Args:
         method: mae, rc_mae, dbot or sdae.
         args: Of the authors' script.
-        found: The student.
+        found: The student; what had to be assumed is added to its notes.
 
     Raises:
-        CheckpointError: If an option is missing, or has a value that no recipe stands for.
+        CheckpointError: If a decisive option is missing, or no recipe stands for one's value.
     """
-    args = {"accum_iter": 1, "world_size": 1, **args}
+    assumed = {"accum_iter": 1, "world_size": 1, "seed": Recipe.seed, **_ASSUMED[method]}
+    lacking = {name: value for name, value in assumed.items() if name not in args}
+    args = {**lacking, **args}
     _numbers(args, _NEEDED)
     for name, value in _ONLY.get(method, {}).items():
-        if args.get(name, value) != value:
+        if args[name] != value:
             raise CheckpointError(
                 f"convert: the run has {name} {args[name]!r}; fastmim can go on with {value!r} only"
             )
@@ -61,7 +79,11 @@ def recipe_options(method: str, args: Mapping[str, Any], found: Description) -> 
     if base_lr is None or base_lr * batch / 256 != args["lr"]:
         base_lr = args["lr"] * 256 / batch
     options = {name: args[name] for name in _SAME if args.get(name) is not None}
-    return {**options, "batch_size": batch, "base_lr": base_lr, **_READERS[method](args, found)}
+    options |= {"batch_size": batch, "base_lr": base_lr, **_READERS[method](args, found)}
+    if lacking:
+        values = ", ".join(f"{name} {value}" for name, value in lacking.items())
+        found.notes.append(f"assumed, as the file's args do not tell: {values}")
+    return options
 
 
 def _numbers(args: Mapping[str, Any], names: tuple[str, ...]) -> None:
@@ -76,11 +98,12 @@ def _mae(args: Mapping[str, Any], found: Description) -> Options:
 
 
 def _rc_mae(args: Mapping[str, Any], found: Description) -> Options:
+    _numbers(args, ("momentum_teacher", "gamma"))
     return {
         **_mae(args, found),
         "momentum_schedule": "official",
-        "momentum": args.get("momentum_teacher", 0.996),
-        "gamma": args.get("gamma", 1.0),
+        "momentum": args["momentum_teacher"],
+        "gamma": args["gamma"],
     }
 
 
@@ -112,7 +135,7 @@ def _are_ints(values: object) -> bool:
 
 def _sdae(args: Mapping[str, Any], found: Description) -> Options:
     _numbers(args, ("drop_path", "momentum_teacher", "momentum_teacher_final", "mask_ratio"))
-    update, every = _UPDATES.get(args.get("ema_op")), args.get("ema_frequent", 1)
+    update, every = _UPDATES.get(args.get("ema_op")), args["ema_frequent"]
     if update is None or every != 1 or (update == "step" and args["accum_iter"] != 1):
         raise CheckpointError(
             f"convert: the run has ema_op {args.get('ema_op')!r}, ema_frequent {every!r} and "
@@ -124,8 +147,8 @@ def _sdae(args: Mapping[str, Any], found: Description) -> Options:
         "drop_path": args["drop_path"],
         "momentum": args["momentum_teacher"],
         "momentum_end": args["momentum_teacher_final"],
-        "momentum_start": args.get("momentum_teacher_warmup", 0.0),
-        "momentum_warmup_epochs": args.get("momentum_teacher_warmup_ep", 0),
+        "momentum_start": args["momentum_teacher_warmup"],
+        "momentum_warmup_epochs": args["momentum_teacher_warmup_ep"],
         "teacher_update": update,
         **_folds(args, _masked(found, args["mask_ratio"])),
     }
@@ -133,7 +156,7 @@ def _sdae(args: Mapping[str, Any], found: Description) -> Options:
 
 def _folds(args: Mapping[str, Any], masked: int) -> Options:
     """Without shrink_num the teacher sees the whole image, and tokens are compared."""
-    shrink, folds = args.get("shrink_num"), args.get("ncrop_loss")
+    shrink, folds = args["shrink_num"], args["ncrop_loss"]
     if shrink is None:
         return {"folds": 0, "cosine_dim": "feature"}
     if shrink != masked:
