@@ -24,7 +24,7 @@ from fastmim.interop.read import read
 from fastmim.methods import METHODS
 from fastmim.models import MODELS
 from fastmim.ops import masks_from_shuffle
-from fastmim.train import Engine, Pretrain, Recipe, Trainer
+from fastmim.train import Engine, Pretrain, Recipe, Trainer, checkpoint
 from fastmim.train.build import restore_run
 from fastmim.train.checkpoint import CheckpointError
 from fastmim.train.config import Data, Efficiency, Evaluation, Output, recipe_from_dict
@@ -587,6 +587,20 @@ def test_a_run_of_fastmim_goes_to_the_authors_and_on(tmp_path):
             state = optimizer.state[by_name[name.removeprefix("exp_avg_sq.")]]
             accuracy.exact(state["exp_avg_sq"], moments)
             assert state["step"] == 4
+
+
+@pytest.mark.parametrize(("step", "epoch", "where"), [
+    (4, 1, None), (5, 1, "step 1 of 2 of epoch 2"), (1, None, "step 1 of 2 of epoch 0"),
+])  # fmt: skip
+def test_steps_of_an_unfinished_epoch_are_noted(tmp_path, step, epoch, where):
+    state = create_model("golden_tiny").state_dict()
+    moments = {f"{m}.{name}": state[name] for m in ("exp_avg", "exp_avg_sq") for name in state}
+    identity = {"method": "mae", "recipe": {"batch_size": 8}, "data": {"images": 21}}
+    parts = {"student": state, "optimizer": {**moments, "step": torch.tensor(step)}}
+    checkpoint.save(tmp_path / "run" / "checkpoints", step, parts, {"identity": identity})
+    found, _ = convert(tmp_path / "run", None)
+    assert found.epoch == epoch
+    assert [where in note for note in found.notes] == ([True] if where else [])
 
 
 @pytest.mark.parametrize(("method", "options"), [

@@ -258,11 +258,19 @@ def _of_fastmim(file: File) -> Contents:
     told, identity = (_typed(state, key, dict) or {} for key in ("converted", "identity"))
     recipe, data = (_typed(identity, key, dict) or {} for key in ("recipe", "data"))
     training = _right({key: told[key] for key in told if key != "optimizer"})
+    notes: list[str] = []
     if optimizer is not None:
         training |= {"named": optimizer, "recipe": recipe}
         per_epoch = (_typed(data, "images", int) or 0) // (_typed(recipe, "batch_size", int) or 1)
-        if "epoch" not in training and 0 < per_epoch <= file.checkpoint.step:
-            training["epoch"] = file.checkpoint.step // per_epoch - 1  # the last that is done
+        if "epoch" not in training and per_epoch > 0:
+            done, rest = divmod(file.checkpoint.step, per_epoch)
+            if done:
+                training["epoch"] = done - 1  # the last that is done
+            if rest:
+                notes.append(
+                    f"the run is at step {rest} of {per_epoch} of epoch {done}; the authors' files "
+                    "count whole epochs, so that who goes on from one does these steps again"
+                )
     method = _typed(identity, "method", str) or _typed(told, "method", str)
     return Contents(
         f"fastmim checkpoint{' of ' + METHOD_NAMES.get(method, method) if method else ''}",
@@ -271,6 +279,7 @@ def _of_fastmim(file: File) -> Contents:
         training,
         _typed(told, "norm_pix_loss", bool) if told else _typed(recipe, "norm_pix", bool),
         _typed(told, "model", str) or _typed(recipe, "model", str),
+        notes=notes,
     )
 
 
