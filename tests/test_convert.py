@@ -19,10 +19,11 @@ from fastmim.interop.hf import to_hf
 from fastmim.interop.names import AUTOENCODER, DBOT, SDAE, Sizes, published_shapes
 from fastmim.interop.optimizer import group_names
 from fastmim.interop.options import recipe_options, script_options
-from fastmim.interop.positions import resize_positions
+from fastmim.interop.positions import resized
 from fastmim.interop.read import read
 from fastmim.methods import METHODS
 from fastmim.models import MODELS
+from fastmim.nn import resize_pos_embed
 from fastmim.ops import masks_from_shuffle
 from fastmim.train import Engine, Pretrain, Recipe, Trainer, checkpoint
 from fastmim.train.build import restore_run
@@ -722,13 +723,16 @@ def test_a_query_without_its_key_is_listed(tmp_path):
 # --- position tables ---
 
 
-@pytest.mark.parametrize("case", ["random.d64.g4to4", "random.d64.g4to6", "random.d96.g6to4",
-                                  "sincos.d64.g4to6", "sincos.d96.g6to4"])  # fmt: skip
-def test_tables_are_resampled_as_recorded(golden_file, case):
-    tables = golden_file("pos_embed")
-    old, new = (int(side) for side in case.rpartition("g")[2].split("to"))
-    got = resize_positions(tables[f"interp.{case}.in"], (old, old), (new, new))
-    accuracy.golden(got, tables[f"interp.{case}.out"])
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_a_16_bit_table_is_rounded_once(dtype):
+    table = torch.randn(1, 17, 8).to(dtype)
+    want = resize_pos_embed(table.float(), (4, 4), (6, 6)).to(dtype)
+    accuracy.exact(resize_pos_embed(table, (4, 4), (6, 6)), want)
+
+
+def test_a_table_of_another_grid_is_refused():
+    with pytest.raises(ValueError, match=r"expected a table \(1, 26, D\) for 5 x 5"):
+        resized({"pos_embed": torch.randn(1, 17, 8)}, (5, 5), (4, 4), sincos=False)
 
 
 @pytest.mark.parametrize("size", [48, (32, 64)])
@@ -737,7 +741,7 @@ def test_tables_for_another_size(tmp_path, size):
     torch.save(model.state_dict(), tmp_path / "a.pth")
     larger = create_model("golden_tiny", img_size=size)
     load_into(larger, tmp_path / "a.pth", img_size=size)
-    want = resize_positions(model.pos_embed, (4, 4), larger.grid_size)
+    want = resize_pos_embed(model.pos_embed, (4, 4), larger.grid_size)
     accuracy.exact(larger.pos_embed, want)
     state, found = load_weights(tmp_path / "a.pth", img_size=size, sincos=True)
     fixed = create_model("golden_tiny", img_size=size)

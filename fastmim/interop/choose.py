@@ -4,7 +4,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import NamedTuple
 
-from fastmim.interop.describe import Description, describe
+from fastmim.interop.describe import Description, count_parameters, describe
 from fastmim.interop.layouts import Contents, State
 from fastmim.interop.names import CLASSIFIER, ENCODER, Sizes, published_shapes
 from fastmim.interop.positions import resized
@@ -76,7 +76,7 @@ def chosen(
             description,
             sizes=sizes,
             grid=grid,
-            parameters=sum(tensor.numel() for tensor in state.values()),
+            parameters=count_parameters(state),
         ),
     )
 

@@ -144,7 +144,7 @@ def describe(contents: Contents, network: str, path: Path, model: str | None) ->
         decoder_heads,
         contents.norm_pix,
         contents.training.get("epoch"),
-        _count_parameters(state),
+        count_parameters(state),
         missing,
         unexpected,
         contents.left_out,
@@ -152,7 +152,8 @@ def describe(contents: Contents, network: str, path: Path, model: str | None) ->
     )
 
 
-def _count_parameters(state: dict[str, Tensor]) -> int:
+def count_parameters(state: dict[str, Tensor]) -> int:
+    """Numbers in all tensors."""
     return sum(tensor.numel() for tensor in state.values())
 
 

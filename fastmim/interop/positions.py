@@ -3,10 +3,9 @@
 import math
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
-from fastmim.nn import sincos_pos_embed
+from fastmim.nn import resize_pos_embed, sincos_pos_embed
 
 TABLES = ("pos_embed", "decoder_pos_embed")
 
@@ -33,28 +32,6 @@ def grid_of(table: Tensor) -> tuple[int, int] | None:
     return square[0] if square else None
 
 
-def resize_positions(table: Tensor, old: tuple[int, int], new: tuple[int, int]) -> Tensor:
-    """Bicubic resampling of the patches' rows; the cls token's row stays.
-
-    As the authors fine-tune at another size: ``align_corners=False``, unchanged if the grids agree.
-
-    Args:
-        table: (1, N + 1, D) with N of the old grid.
-        old: Rows and columns of patches.
-        new: Likewise.
-
-    Returns:
-        (1, M + 1, D) with M of the new grid, dtype of ``table``.
-    """
-    if old == new:
-        return table
-    width = table.shape[-1]
-    grid = table[:, 1:].reshape(1, *old, width).permute(0, 3, 1, 2).float()
-    grid = F.interpolate(grid, size=new, mode="bicubic", align_corners=False)
-    rows = grid.permute(0, 2, 3, 1).reshape(1, -1, width).to(table.dtype)
-    return torch.cat([table[:, :1], rows], dim=1)
-
-
 def resized(
     state: dict[str, Tensor], old: tuple[int, int], new: tuple[int, int], *, sincos: bool
 ) -> dict[str, Tensor]:
@@ -74,7 +51,7 @@ def resized(
         if name not in state:
             continue
         if not sincos:
-            changed[name] = resize_positions(state[name], old, new)
+            changed[name] = resize_pos_embed(state[name], old, new)
         elif is_sincos(state[name], old):
             changed[name] = sincos_pos_embed(state[name].shape[-1], new).to(state[name].dtype)
         else:

@@ -41,12 +41,16 @@ def resize_pos_embed(
 ) -> Tensor:
     """Bicubic interpolation of a position table to another grid; the cls row stays.
 
-    As fine-tuning does it (MAE, arXiv:2111.06377): align_corners=False.
+    As fine-tuning does it (MAE, arXiv:2111.06377): align_corners=False. 16-bit tables are resampled
+    in float32.
 
     Args:
         table: (1, rows * columns + 1, D).
         grid_size: Rows and columns of the table.
         new_grid_size: Rows and columns wanted; the same ones give the table itself.
+
+    Returns:
+        (1, M + 1, D) for M patches of the new grid, dtype of ``table``.
 
     Raises:
         ValueError: If the table is not of ``grid_size``.
@@ -60,5 +64,7 @@ def resize_pos_embed(
     if tuple(grid_size) == tuple(new_grid_size):
         return table
     grid = table[:, 1:].unflatten(1, (rows, columns)).permute(0, 3, 1, 2)
+    grid = grid.to(torch.promote_types(table.dtype, torch.float32))
     grid = F.interpolate(grid, tuple(new_grid_size), mode="bicubic", align_corners=False)
-    return torch.cat([table[:, :1], grid.flatten(2).transpose(1, 2)], dim=1)
+    patches = grid.flatten(2).transpose(1, 2).to(table.dtype)
+    return torch.cat([table[:, :1], patches], dim=1)
