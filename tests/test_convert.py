@@ -140,6 +140,24 @@ def test_tensors_come_out_bitwise_and_in_order(name, key, which):
     assert_equal(load_weights(path, which=which)[0], dict(file[key]))
 
 
+@pytest.mark.parametrize("suffix", ["", "_without_ddp"])
+@pytest.mark.parametrize("roles", [["student"], ["teacher"], ["student", "teacher"]])
+def test_rc_mae_is_known_by_either_spelling(tmp_path, roles, suffix):
+    states = {role: create_model("golden_tiny").state_dict() for role in roles}
+    torch.save({role + suffix: state for role, state in states.items()}, tmp_path / "a.pth")
+    state, found = load_weights(tmp_path / "a.pth")
+    assert (found.method, found.network, found.available) == ("rc_mae", roles[-1], roles)
+    assert_equal(state, dict(states[roles[-1]]))
+    _, written = convert(tmp_path / "a.pth", tmp_path / "b.pth", to="authors")
+    assert written == [tmp_path / "b.pth"]
+    file = load_pth(tmp_path / "b.pth")
+    if len(roles) == 1:
+        assert_equal(file, {"model": dict(states[roles[0]])})
+    else:
+        for role in roles:
+            assert_equal(file[f"{role}_without_ddp"], dict(states[role]))
+
+
 @pytest.mark.parametrize(("name", "norm_pix"), [
     ("mae_pretrain_vit_base_full.pth", True),
     ("mae_visualize_vit_base.pth", False),
@@ -465,6 +483,18 @@ def test_a_recipe_and_the_options_of_its_script_agree(tmp_path, method, options)
     recipe = Recipe(**dict(model="golden_tiny", batch_size=8, epochs=3, warmup_epochs=1) | options)
     back = recipe_options(method, script_options(recipe, method, found), found)
     assert Recipe(model="golden_tiny", **back) == recipe
+
+
+@pytest.mark.parametrize(("depths", "teacher", "first"), [
+    (None, None, 2), ((1, 2), None, 1), ((1, 2), 0, 0),
+])  # fmt: skip
+def test_the_first_teacher_is_as_deep_as_the_first_student(tmp_path, depths, teacher, first):
+    torch.save(create_model("golden_tiny", target="tokens").state_dict(), tmp_path / "a.pth")
+    recipe = Recipe(model="golden_tiny", batch_size=8, epochs=4, warmup_epochs=1,
+                    stage_epochs=(0, 2, 4), stage_depths=depths, teacher_depth=teacher)  # fmt: skip
+    options = script_options(recipe, "dbot", load_weights(tmp_path / "a.pth")[1])
+    assert options["init_teacher_encoder_depth"] == first
+    assert options["depth"] == list(depths or (2, 2))
 
 
 def test_a_run_of_fastmim_goes_to_the_authors_and_on(tmp_path):

@@ -12,6 +12,7 @@ import pickle
 import runpy
 import subprocess
 import tarfile
+import zipfile
 from collections import OrderedDict
 
 import pytest
@@ -279,6 +280,15 @@ def test_odd_claims_are_not_believed(tmp_path, value, state):
 def test_a_tensor_larger_than_its_file_is_refused(tmp_path, state):
     state["norm.bias"] = torch.zeros(1).expand(2**40)
     assert "norm.bias has the shape (1099511627776,)" in refusal(tmp_path / "a.pth", saved(state))
+
+
+def test_a_compressed_file_is_refused_before_it_is_inflated(tmp_path, state, monkeypatch):
+    stored = zipfile.ZipFile(io.BytesIO(saved({"model": state})))
+    with zipfile.ZipFile(tmp_path / "a.pth", "w", zipfile.ZIP_DEFLATED) as archive:
+        for name in stored.namelist():
+            archive.writestr(name, stored.read(name))
+    monkeypatch.setattr(zipfile.ZipFile, "open", None)  # as reading a record would
+    assert "data.pkl is compressed; expected a file of torch.save" in refusal(tmp_path / "a.pth")
 
 
 @pytest.mark.parametrize("odd", [torch.zeros(32).to_sparse(), torch.zeros(32, device="meta")])

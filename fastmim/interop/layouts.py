@@ -20,6 +20,7 @@ METHOD_NAMES = {"mae": "MAE", "rc_mae": "RC-MAE", "dbot": "dBOT", "sdae": "SdAE"
 # Keys of the authors' files for one network, the one that is read first.
 _STUDENT = ("student", "student_without_ddp", "model", "state_dict")
 _TEACHER = ("teacher", "teacher_without_ddp", "model_teacher")
+_RC_MAE = {"student", "student_without_ddp", "teacher", "teacher_without_ddp"}
 TRAINING = ("optimizer", "epoch", "scaler", "args")
 _TYPES = {"optimizer": dict, "epoch": int, "scaler": dict, "args": dict, "groups": list}
 _BARE = (CLASSIFIER, ENCODER)  # their optimizers have other groups than those of pre-training
@@ -184,7 +185,7 @@ def _method(file: File, networks: dict, args: dict, notes: list[str]) -> str | N
         return "dbot"
     if "model_teacher" in file.contents:
         return "sdae"
-    if "student" in file.contents or "teacher" in file.contents:
+    if not _RC_MAE.isdisjoint(file.contents):
         return "rc_mae"
     told = [method for method, option in _ARGS.items() if option in args]
     if told:

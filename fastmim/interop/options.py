@@ -182,10 +182,11 @@ def script_options(recipe: Recipe, method: str | None, found: Description) -> Op
         options |= dict(gamma=recipe.gamma, momentum_teacher=recipe.momentum)
     if method == "dbot":
         depth = MODELS[recipe.model]["depth"] if recipe.model in MODELS else found.sizes.depth
-        first = depth if recipe.teacher_depth is None else recipe.teacher_depth
+        depths = recipe.stage_depths or [depth] * len(recipe.stages)
+        first = depths[0] if recipe.teacher_depth is None else recipe.teacher_depth
         options |= dict(
             stage_epochs=list(recipe.stage_epochs or (0, recipe.epochs)),
-            depth=list(recipe.stage_depths or [depth] * len(recipe.stages)),
+            depth=list(depths),
             init_teacher_encoder_depth=first,
             sdpr=recipe.drop_path,
             **_ONLY["dbot"],

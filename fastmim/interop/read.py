@@ -115,7 +115,7 @@ def _read_safetensors(path: Path) -> File:
 
 def _read_pth(path: Path) -> File:
     try:
-        _check_sums(path)
+        _check_zip(path)
         with warnings.catch_warnings(), torch.serialization.safe_globals([argparse.Namespace]):
             warnings.simplefilter("ignore")  # of formats that are read all the same
             contents = torch.load(path, map_location="cpu", weights_only=True)
@@ -130,11 +130,17 @@ def _read_pth(path: Path) -> File:
     return File(path, contents)
 
 
-def _check_sums(path: Path) -> None:
-    """torch.load does not compare the CRC-32 that a zip file has of every record."""
+def _check_zip(path: Path) -> None:
+    """torch.load inflates what it is given, and compares no record's CRC-32."""
     if not zipfile.is_zipfile(path):
         return
     with zipfile.ZipFile(path) as archive:
+        for record in archive.infolist():
+            if record.compress_type != zipfile.ZIP_STORED:
+                raise CheckpointError(
+                    f"{path}: {record.filename} is compressed; expected a file of torch.save, "
+                    "which compresses nothing"
+                )
         damaged = archive.testzip()
     if damaged is not None:
         raise CheckpointError(f"{path}: damaged, the CRC-32 of {damaged} differs")

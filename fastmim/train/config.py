@@ -56,7 +56,7 @@ class Recipe:
             (dBOT).
         stage_carry: Keep AdamW's moments and the bias of the patch embedding where a stage begins,
             as the released code does (dBOT).
-        teacher_depth: Blocks of the first, random teacher; none: those of the model (dBOT).
+        teacher_depth: Blocks of the first, random teacher; none: those of the first student (dBOT).
         teachers: Teacher of each stage: own (random at first, then the student of the stage
             before), the folder of a run or checkpoint of fastmim, or a file of the authors, timm
             or Hugging Face as fastmim convert reads it. Stages that are not named have their own
