@@ -283,7 +283,7 @@ def test_every_word_serves_or_says_why_not():
 
 def test_every_word_can_say_what_a_gpu_would_do():
     meta = torch.device("meta")
-    call = choice.Call(50, 50, 64, torch.bfloat16, meta, 0.1, varlen=False, empty=False)
+    call = libraries.Call(50, 50, 64, torch.bfloat16, meta, 0.1, varlen=False, empty=False)
     refused = {word: choice.refuses(word, call) for word in choice.WORDS}
     assert {word for word, reason in refused.items() if reason} <= {"xformers"}
     single = call._replace(dtype=torch.float32)
@@ -339,7 +339,7 @@ def test_unknown_attention_is_refused_at_import():
 
 def meta_call(tokens=50, head_dim=64, dtype=torch.bfloat16, *, varlen=False):
     given = (tokens, tokens, head_dim, dtype, torch.device("meta"), 0.1)
-    return choice.Call(*given, varlen=varlen, empty=False)
+    return libraries.Call(*given, varlen=varlen, empty=False)
 
 
 @pytest.mark.parametrize(

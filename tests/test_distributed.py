@@ -31,7 +31,6 @@ from tests.training import (
     write_images,
 )
 
-LIMIT = 300  # seconds for a set of runs; 45 where five others used each of two cores
 SECONDS = 30  # within which an error has ended all processes, where six others use each core
 small = partial(recipe, batch_size=448, epochs=2)
 # Whole runs of 8 steps, with every loss in metrics.jsonl.
@@ -78,7 +77,7 @@ def half_of_one(folder: Path, name: str, parallel: str, **options):
 
 
 def finish(commands: list[Command]) -> list[int]:
-    return [command.finish(LIMIT) for command in commands]
+    return [command.finish() for command in commands]
 
 
 def printed(commands: list[Command]) -> str:
@@ -364,7 +363,7 @@ def test_others_do_not_wait_for_ever_for_a_process_that_is_gone(tmp_path, number
     words = arguments(tmp_path, "--efficiency.timeout_minutes=0.1")
     commands = start_ranks(words, tmp_path, partial(strike_rank_1, number))
     try:
-        assert commands[0].finish(LIMIT) == 1, printed(commands)
+        assert commands[0].finish() == 1, printed(commands)
     finally:
         commands[1].signal(signal.SIGKILL)
         commands[1].finish()

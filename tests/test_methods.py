@@ -8,6 +8,8 @@ import torch
 from fastmim import MAE, METHODS, RCMAE, SdAE, create_model
 from fastmim.methods import Clock, cosine_momentum
 from fastmim.ops import num_keep
+from fastmim.train import Recipe
+from fastmim.train.build import build_autoencoder, build_method
 from tests import accuracy
 
 
@@ -67,6 +69,20 @@ def test_masks_are_drawn_with_the_ratio_of_the_method(name, imgs, monkeypatch):
 def test_ratio_without_visible_or_masked_patches_is_refused_at_construction(name, ratio):
     with pytest.raises(ValueError, match="mask_ratio"):
         build(name, mask_ratio=ratio)
+
+
+@pytest.mark.parametrize("name", METHODS)
+def test_weights_are_drawn_without_seeding_gpus_or_leaving_a_seed(name, monkeypatch):
+    def refuse(_seed):
+        raise AssertionError("a generator of a GPU is seeded")
+
+    monkeypatch.setattr(torch.cuda, "manual_seed_all", refuse)
+    before = torch.random.get_rng_state()
+    recipe = Recipe(model="rc_vit_micro_patch8", img_size=32, norm_pix=name == "mae", seed=2**40)
+    method = build_method(name, recipe, build_autoencoder(name, recipe, 1, (0.5,), (0.5,)))
+    if method.has_stages:
+        method.begin_stage(1)
+    accuracy.exact(torch.random.get_rng_state(), before)
 
 
 @pytest.mark.parametrize("momentum", [-0.1, 1.1, float("nan")])

@@ -145,6 +145,17 @@ def test_teacher_sees_images_normalised_as_the_students():
     accuracy.golden(seen[-1], expected.float())
 
 
+@pytest.mark.parametrize("size", [16, 32])
+def test_encoder_normalises_pixels_by_its_own_statistics(size):
+    own = dict(in_chans=1, pixel_mean=(0.9,), pixel_std=(0.5,))
+    patches = dict(img_size=size, patch_size=size // 4)
+    encoder = create_model("nano", **own, **patches).fresh_encoder()
+    teacher = FrozenTeacher(encoder, img_size=(size, size))
+    pixels = torch.randint(0, 256, (2, 1, 16, 16), dtype=torch.uint8)
+    found = teacher(pixels, of_digits(pixel_mean=(0.2,), pixel_std=(0.1,)))
+    accuracy.golden(found, teacher((pixels.double() / 255 - 0.9).float() / 0.5, of_digits()))
+
+
 def test_teacher_with_other_patches_is_refused_with_the_remedy():
     with pytest.raises(ValueError, match=r"expected features \(B, 16 or 17, D\).*give img_size"):
         DBOT(student(), teachers=[FrozenTeacher(Convolutions(32, 8, True), tokens_of)])

@@ -37,6 +37,7 @@ MODELS["nano"] = dict(
 MODELS["nano_deep"] = {**MODELS["nano"], "depth": 3, "decoder_depth": 2}
 # Imported once for all processes that tests start; DDP and FSDP2 take seconds for theirs.
 PRELOADED = ["fastmim.cli", "pytest", "torch._dynamo", "torch.distributed.fsdp"]
+LIMIT = 300  # seconds after which a process hangs; 60 were too few where thirty used each core
 # Fields of metrics.jsonl that depend on the clock.
 TIMES = ("images_per_second", "data_wait", "teacher_time", "peak_memory_gib", "seconds")
 
@@ -135,9 +136,9 @@ class Command:
         with contextlib.suppress(ProcessLookupError):
             os.kill(self.process.pid, number)
 
-    def finish(self, seconds: float = 60) -> int:
+    def finish(self) -> int:
         """Exit status; negative: killed by that signal."""
-        self.process.join(seconds)
+        self.process.join(LIMIT)
         assert self.process.exitcode is not None, f"hangs: {self.printed()}"
         return self.process.exitcode
 

@@ -1,6 +1,6 @@
 """Pre-training methods, one paper per file."""
 
-from fastmim.methods.base import Clock, Losses, Method, cosine_momentum
+from fastmim.methods.base import Clock, Losses, Method, cosine_momentum, seeded
 from fastmim.methods.dbot import DBOT
 from fastmim.methods.mae import MAE
 from fastmim.methods.rc_mae import RCMAE
@@ -18,4 +18,5 @@ __all__ = [
     "Method",
     "SdAE",
     "cosine_momentum",
+    "seeded",
 ]

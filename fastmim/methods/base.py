@@ -2,8 +2,11 @@
 
 import math
 from abc import ABC, abstractmethod
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Literal, NamedTuple
 
+import torch
 from torch import Tensor, nn
 
 from fastmim.nn import Encoder, MaskedAutoencoder
@@ -144,6 +147,18 @@ class Method(nn.Module, ABC):
     def masks_for(self, imgs: Tensor) -> Masks:
         """Random masks of ``mask_ratio``."""
         return self.student.random_masks(imgs.shape[0], self.mask_ratio, imgs.device)
+
+
+@contextmanager
+def seeded(seed: int) -> Iterator[None]:
+    """Draw initial weights from the CPU's generator, seeded; no generator is changed afterwards.
+
+    Args:
+        seed: Less than 2**64.
+    """
+    with torch.random.fork_rng(devices=[]):
+        torch.default_generator.manual_seed(seed)  # torch.manual_seed seeds those of GPUs too
+        yield
 
 
 def cosine_momentum(base: float, progress: float, final: float = 1.0) -> float:

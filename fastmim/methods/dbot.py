@@ -1,14 +1,14 @@
 """dBOT: predict features of a frozen teacher, which the student replaces stage by stage."""
 
 import random
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
+from contextlib import AbstractContextManager
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from fastmim.methods.base import Losses, Method
+from fastmim.methods.base import Losses, Method, seeded
 from fastmim.nn import FrozenTeacher, MaskedAutoencoder
 from fastmim.ops import Masks, feature_loss
 
@@ -172,9 +172,6 @@ class DBOT(Method):
             )
         return width
 
-    @contextmanager
-    def _seeded(self, purpose: str) -> Iterator[None]:
+    def _seeded(self, purpose: str) -> AbstractContextManager[None]:
         """Random weights as a function of seed, stage and purpose."""
-        with torch.random.fork_rng(devices=[]):
-            torch.manual_seed(random.Random(f"{self.seed} {self.stage} {purpose}").getrandbits(63))
-            yield
+        return seeded(random.Random(f"{self.seed} {self.stage} {purpose}").getrandbits(63))

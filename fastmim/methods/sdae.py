@@ -5,7 +5,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from fastmim.methods.base import Clock, Losses, Method, cosine_momentum
+from fastmim.methods.base import Clock, Losses, Method, cosine_momentum, seeded
 from fastmim.nn import EMATeacher, MaskedAutoencoder
 from fastmim.ops import Masks, feature_loss, num_keep
 
@@ -86,8 +86,7 @@ class SdAE(Method):
         self.momentum_start = momentum_start
         self.teacher_every = teacher_every
         self.teacher_follows = teacher_update
-        with torch.random.fork_rng(devices=[]):
-            torch.manual_seed(seed)
+        with seeded(seed):
             encoder = autoencoder.fresh_encoder(drop_path=0.0)
             encoder.initialize_as_timm()
         if teacher_init == "student":

@@ -82,12 +82,23 @@ class PatchEmbed(nn.Module):
             ValueError: If the images do not have the size and channels of this model, or are uint8
                 and no statistics are known.
         """
+        self.check_shape(imgs)
+        return self._statistics(imgs)
+
+    def check_shape(self, imgs: Tensor) -> None:
+        """Refuse images that do not have the size and channels of this model.
+
+        Raises:
+            ValueError: Says what was expected.
+        """
         expected = (self.in_chans, *self.img_size)
         if imgs.ndim != 4 or tuple(imgs.shape[1:]) != expected:
             raise ValueError(
                 f"expected images (B, {', '.join(map(str, expected))}), got {tuple(imgs.shape)}; "
                 "create the model with that img_size and in_chans, or resize the images"
             )
+
+    def _statistics(self, imgs: Tensor) -> dict[str, Tensor | None]:
         if imgs.dtype != torch.uint8:
             return {"scale": None, "shift": None}
         if self.pixel_scale is None:
@@ -102,9 +113,13 @@ class PatchEmbed(nn.Module):
         """Images in floating point and normalised, for networks that take nothing else.
 
         Args:
-            imgs: (B, C, H, W), uint8; or floating point and normalised, returned as they are.
+            imgs: (B, C, H, W) of any size, uint8; or floating point and normalised, returned as
+                they are.
+
+        Raises:
+            ValueError: If the images are uint8 and no statistics are known.
         """
-        values = self.pixel_normalization(imgs)
+        values = self._statistics(imgs)
         if values["scale"] is None:
             return imgs
         scale, shift = (v.to(self.proj.weight.dtype)[:, None, None] for v in values.values())

@@ -36,7 +36,8 @@ class FrozenTeacher(Teacher):
     Args:
         module: The network.
         features: ``features(module, imgs)`` gives (B, N + 1, D), cls token first, or (B, N, D),
-            patches row-major; ``imgs`` are then floating point and normalised as the student's.
+            patches row-major; ``imgs`` are then floating point and normalised as the student's,
+            or by the encoder's own statistics.
             Default: of a :class:`fastmim.nn.Encoder` the output of its last block, without the
             final norm; of other modules :func:`vit_tokens`.
         img_size: Height and width of the images it takes; others are resized. A teacher with
@@ -61,7 +62,8 @@ class FrozenTeacher(Teacher):
 
         Args:
             imgs: (B, C, H, W), uint8 or floating point and normalised, as the student takes them.
-            student: Tells how uint8 images are normalised, and the number of patches.
+            student: Tells the size of the images and the number of patches, and how uint8 images
+                are normalised for other modules than an encoder, which has its own statistics.
             final_norm: Normalise the output of the last block; only without ``features``.
 
         Returns:
@@ -71,8 +73,10 @@ class FrozenTeacher(Teacher):
             ValueError: If the teacher gives another number of tokens.
         """
         resized = self.img_size is not None and tuple(imgs.shape[2:]) != tuple(self.img_size)
+        student.patch_embed.check_shape(imgs)
         if resized or self.features is not None:
-            imgs = student.patch_embed.normalized(imgs)
+            own = isinstance(self.module, Encoder)
+            imgs = (self.module if own else student).patch_embed.normalized(imgs)
         if resized:
             imgs = F.interpolate(imgs, self.img_size, mode="bicubic", antialias=True)
         if self.features is None:

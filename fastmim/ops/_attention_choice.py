@@ -8,31 +8,8 @@ from typing import NamedTuple
 import torch
 
 from fastmim.ops import _attention_libraries as libraries
+from fastmim.ops._attention_libraries import Call
 from fastmim.ops._registry import forced_backend
-
-
-class Call(NamedTuple):
-    """What decides who can serve a call.
-
-    Attributes:
-        queries: M, of one image; of the longest sequence.
-        keys: N, likewise.
-        head_dim: D.
-        dtype: Of queries, keys and values.
-        device: Theirs.
-        scale: Of the scores.
-        varlen: Whether the sequences have various lengths.
-        empty: Whether there is nothing to compute.
-    """
-
-    queries: int
-    keys: int
-    head_dim: int
-    dtype: torch.dtype
-    device: torch.device
-    scale: float
-    varlen: bool
-    empty: bool
 
 
 class Choice(NamedTuple):

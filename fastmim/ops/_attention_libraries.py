@@ -5,12 +5,10 @@ and backward pass need not come from the same library, or may come from ours. Th
 and v are separate tensors.
 """
 
-from __future__ import annotations
-
 import itertools
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -18,10 +16,31 @@ from torch import Tensor
 
 from fastmim.ops._registry import compute_capability, installed
 
-if TYPE_CHECKING:
-    from fastmim.ops._attention_choice import Call
-
 aten = torch.ops.aten
+
+
+class Call(NamedTuple):
+    """What decides who can serve a call.
+
+    Attributes:
+        queries: M, of one image; of the longest sequence.
+        keys: N, likewise.
+        head_dim: D.
+        dtype: Of queries, keys and values.
+        device: Theirs.
+        scale: Of the scores.
+        varlen: Whether the sequences have various lengths.
+        empty: Whether there is nothing to compute.
+    """
+
+    queries: int
+    keys: int
+    head_dim: int
+    dtype: torch.dtype
+    device: torch.device
+    scale: float
+    varlen: bool
+    empty: bool
 
 
 @dataclass(frozen=True)

@@ -12,7 +12,8 @@ from torch import Tensor
 from fastmim.ops import _attention_choice as choice
 from fastmim.ops import _attention_libraries as libraries
 from fastmim.ops import reference
-from fastmim.ops._attention_choice import Call, use_attention
+from fastmim.ops._attention_choice import use_attention
+from fastmim.ops._attention_libraries import Call
 from fastmim.ops._registry import Implementation, Native, Op, extension_problem
 
 _FLASH_DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)

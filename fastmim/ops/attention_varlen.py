@@ -6,7 +6,7 @@ from torch import Tensor
 from fastmim.ops import _attention_choice as choice
 from fastmim.ops import _attention_libraries as libraries
 from fastmim.ops import reference
-from fastmim.ops._attention_choice import Call
+from fastmim.ops._attention_libraries import Call
 from fastmim.ops._registry import Native, Op, extension_problem
 from fastmim.ops.attention import implementations, lse_dtype, varlen_call
 
@@ -133,7 +133,7 @@ def _make(lengths, h, d, device, dtype):
 
 def _make_backward(lengths, h, d, device, dtype):
     qkv, starts, longest, scale = _make(lengths, h, d, device, dtype)
-    if qkv.device.type == "meta":  # whose starts have no values
+    if qkv.is_meta:  # whose starts have no values
         kept = [torch.empty_like(t) for t in _fake_varlen(qkv, starts, longest, scale)]
     else:
         kept = reference.attention_varlen(qkv, starts, longest, scale)

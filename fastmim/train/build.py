@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from fastmim.data import Source
-from fastmim.methods import METHODS, Method
+from fastmim.methods import METHODS, Method, seeded
 from fastmim.models import MODELS, create_model, did_you_mean
 from fastmim.nn import Encoder, FrozenTeacher, MaskedAutoencoder, resize_pos_embed
 from fastmim.train.checkpoint import Checkpoint, CheckpointError, check_parts, load
@@ -50,8 +50,7 @@ def build_autoencoder(
     if efficiency is not None:
         options["memory"] = efficiency.memory
         options["residual_dtype"] = torch.bfloat16 if efficiency.residual == "bf16" else None
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(recipe.seed)
+    with seeded(recipe.seed):
         return create_model(
             recipe.model,
             in_chans=channels,
