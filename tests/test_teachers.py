@@ -156,6 +156,17 @@ def test_encoder_normalises_pixels_by_its_own_statistics(size):
     accuracy.golden(found, teacher((pixels.double() / 255 - 0.9).float() / 0.5, of_digits()))
 
 
+def test_teacher_is_moved_to_the_device_of_the_student():
+    def features(module, imgs):
+        assert imgs.device == module.proj.weight.device
+        return tokens_of(module, imgs)
+
+    teachers = [FrozenTeacher(Convolutions(40, 4, True), features) for _ in range(2)]
+    method = DBOT(student().to("meta"), teachers=teachers)
+    assert {p.device.type for p in method.parameters()} == {"meta"}
+    assert method.student.head.out_features == 40
+
+
 def test_teacher_with_other_patches_is_refused_with_the_remedy():
     with pytest.raises(ValueError, match=r"expected features \(B, 16 or 17, D\).*give img_size"):
         DBOT(student(), teachers=[FrozenTeacher(Convolutions(32, 8, True), tokens_of)])
