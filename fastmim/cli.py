@@ -355,7 +355,7 @@ def _evaluate(call: _Call) -> int:
         chosen = {**ran["eval"], "knn_every": 0, **chosen}
         source = open_source(chosen["bank"] or ran["data"]["path"])
         encoders = encoders_of(method, checkpoint.state["identity"])
-    embed = next(iter(encoders.values())).patch_embed
+    embed = encoders.get("student", next(iter(encoders.values()))).patch_embed
     evaluation = _EVALUATIONS[command][0](
         Evaluation(**{**chosen, "bank": None}),
         source,

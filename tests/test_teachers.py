@@ -8,6 +8,7 @@ import torch
 from torch import nn
 
 from fastmim import DBOT, create_model
+from fastmim.cli import main
 from fastmim.methods import METHODS
 from fastmim.nn import FrozenTeacher, resize_pos_embed
 from fastmim.train import Trainer
@@ -15,7 +16,7 @@ from fastmim.train.build import load_teacher, restore_run
 from fastmim.train.checkpoint import CheckpointError
 from tests import accuracy
 from tests.test_stages import assert_same_run
-from tests.training import MODELS, pretrain, recipe
+from tests.training import MODELS, arguments, pretrain, recipe
 
 MODELS["nano_wide"] = {**MODELS["nano"], "embed_dim": 48, "depth": 2}
 MODELS["nano_coarse"] = {**MODELS["nano"], "embed_dim": 64, "patch_size": 8}
@@ -94,6 +95,19 @@ def test_stages_mix_teachers_and_resume_exactly(tmp_path):
     assert_same_run(tmp_path / "b" / "run", tmp_path / "a" / "run")
 
 
+def test_networks_of_other_patch_sizes_are_compared(tmp_path, capsys):
+    path = saved_run(tmp_path / "larger", "nano_coarse")
+    options = ["--method=dbot", f"--recipe.teachers=[{path}]", "--eval.knn_at_end=true"]
+    options += ["--recipe.epochs=1", "--eval.limit=60", "--eval.k=3"]
+    assert main(arguments(tmp_path, *options)) == 0
+    at_end = capsys.readouterr().out
+    for name in ("teacher", "student", "untrained network", "raw pixels, 16 x 16"):
+        assert f"  {name:24}" in at_end
+    assert main(["knn", str(tmp_path / "run")]) == 0
+    assert capsys.readouterr().out == at_end
+    assert main(["linear", str(tmp_path / "run"), "--eval.limit=300"]) == 0
+
+
 def test_run_does_not_go_on_with_a_teacher_that_has_changed(tmp_path):
     path = saved_run(tmp_path / "larger")
     later = recipe(stage_epochs=(0, 2, 4), teachers=("own", str(path)))
@@ -154,6 +168,17 @@ def test_encoder_normalises_pixels_by_its_own_statistics(size):
     pixels = torch.randint(0, 256, (2, 1, 16, 16), dtype=torch.uint8)
     found = teacher(pixels, of_digits(pixel_mean=(0.2,), pixel_std=(0.1,)))
     accuracy.golden(found, teacher((pixels.double() / 255 - 0.9).float() / 0.5, of_digits()))
+
+
+def test_teacher_is_moved_to_the_device_of_the_student():
+    def features(module, imgs):
+        assert imgs.device == module.proj.weight.device
+        return tokens_of(module, imgs)
+
+    teachers = [FrozenTeacher(Convolutions(40, 4, True), features) for _ in range(2)]
+    method = DBOT(student().to("meta"), teachers=teachers)
+    assert {p.device.type for p in method.parameters()} == {"meta"}
+    assert method.student.head.out_features == 40
 
 
 def test_teacher_with_other_patches_is_refused_with_the_remedy():

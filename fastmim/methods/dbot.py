@@ -161,7 +161,9 @@ class DBOT(Method):
     def _projects(self, teacher: FrozenTeacher, student: MaskedAutoencoder) -> int | None:
         """The width of a teacher if it is not that of the student's head; tries it on an image."""
         embed = self.student.patch_embed
-        imgs = embed.proj.weight.new_zeros(1, embed.in_chans, *embed.img_size)
+        weight = embed.proj.weight
+        device = next(teacher.parameters(), weight).device  # those of later stages are not moved
+        imgs = weight.new_zeros(1, embed.in_chans, *embed.img_size, device=device)
         width, predicted = teacher(imgs, self.student).shape[-1], student.head.out_features
         if width == predicted:
             return None

@@ -26,8 +26,9 @@ class FeatureEvaluation(ABC):
     Args:
         config: Where the labelled images are; see :class:`fastmim.train.config.Evaluation`.
         source: The bank if the configuration names none.
-        image_size: Height and width that the network sees.
-        channels: That the network sees.
+        image_size: Height and width of the images that the student sees, to which those are shrunk
+            whose raw pixels are compared. Each network sees images of its own size.
+        channels: That the networks see.
         workers: Processes that load images; 0: this one.
         on_bad: Called with name and reason of each image that cannot be read and is left out.
 
@@ -95,7 +96,7 @@ class FeatureEvaluation(ABC):
     def _features(self, encoder: Encoder | None, source: Source, limit: int | None) -> FeatureBank:
         batches = eval_batches(
             source,
-            image_size=self.pixel_size if encoder is None else self.image_size,
+            image_size=self.pixel_size if encoder is None else encoder.patch_embed.img_size,
             batch_size=_BATCH,
             crop_ratio=self.config.crop_ratio,
             limit=limit,
