@@ -1,5 +1,6 @@
 """dBOT's teachers of other sizes and from elsewhere."""
 
+import shutil
 from functools import partial
 from types import SimpleNamespace
 
@@ -93,6 +94,23 @@ def test_stages_mix_teachers_and_resume_exactly(tmp_path):
         trainer.run()
     assert trainer.method.student.head.out_features == 48
     assert_same_run(tmp_path / "b" / "run", tmp_path / "a" / "run")
+
+
+@pytest.mark.parametrize("teachers", [("{}",), ("own", "{}")])
+def test_run_is_evaluated_without_the_files_of_its_teachers(tmp_path, capsys, teachers):
+    path = saved_run(tmp_path / "larger", "nano_coarse")
+    named = tuple(name.format(path) for name in teachers)
+    chosen = recipe(epochs=2, stage_epochs=(0, 1, 2), teachers=named)
+    Trainer(pretrain(tmp_path, method="dbot", recipe=chosen)).run()
+    method = restore_run(tmp_path / "run")[1]
+    imgs = torch.randint(0, 256, (2, 1, 16, 16), dtype=torch.uint8)
+    expected = method.teach(imgs, None)
+    if len(teachers) == 2:
+        accuracy.exact(expected, load_teacher(path, of_digits())(imgs, of_digits()))
+    shutil.rmtree(tmp_path / "larger")
+    accuracy.exact(restore_run(tmp_path / "run")[1].teach(imgs, None), expected)
+    assert main(["knn", str(tmp_path / "run"), "--eval.limit=60", "--eval.k=3"]) == 0
+    assert "teacher" in capsys.readouterr().out
 
 
 def test_networks_of_other_patch_sizes_are_compared(tmp_path, capsys):
