@@ -12,7 +12,7 @@ from fastmim import DBOT, create_model
 from fastmim.cli import main
 from fastmim.methods import METHODS
 from fastmim.nn import FrozenTeacher, resize_pos_embed
-from fastmim.train import Trainer
+from fastmim.train import Engine, Trainer
 from fastmim.train.build import load_teacher, restore_run
 from fastmim.train.checkpoint import CheckpointError
 from tests import accuracy
@@ -146,6 +146,21 @@ def test_width_of_the_teacher_needs_projection(tmp_path):
     with pytest.raises(ValueError, match=r"gives 48 features, the student predicts 32; allow proj"):
         Trainer(pretrain(tmp_path, method="dbot", recipe=chosen))
     DBOT(of_digits(target_dim=48), teachers=[load_teacher(path, of_digits())], projection=False)
+
+
+def test_width_of_a_later_own_teacher_is_checked_at_the_start():
+    teacher = FrozenTeacher(Convolutions(48, 4, True), tokens_of)
+    options = dict(teachers=[teacher, None], projection=False)
+    refusal = r"gives 32 features, the student predicts 48; allow proj"
+    with pytest.raises(ValueError, match=refusal):
+        DBOT(student(target_dim=48), **options)
+    method = DBOT(student(target_dim=48), **{**options, "teachers": [teacher]})
+    stages = recipe(stage_epochs=(0, 2, 4))
+    with pytest.raises(ValueError, match=refusal):
+        Engine(method, stages, precision="fp32", steps_per_epoch=2)
+    Engine(method, recipe(), precision="fp32", steps_per_epoch=2)
+    method = DBOT(student(target_dim=48), **{**options, "teachers": [teacher, teacher]})
+    Engine(method, stages, precision="fp32", steps_per_epoch=2).begin_stage(1)
 
 
 @pytest.mark.parametrize("with_cls", [True, False])
