@@ -48,10 +48,10 @@ RUNS = {
     "sdae": dict(method="sdae"),
     "sdae_step": dict(method="sdae", recipe=small(teacher_update="step"), micro_batch=224),
 }
-SHARDED = ("rc_mae", "rc_mae_official", "dbot", "sdae")
+SHARDED = ("mae", "rc_mae", "rc_mae_official", "dbot", "sdae")
 SPREAD = [(name, "ddp") for name in RUNS] + [(name, "fsdp2") for name in SHARDED]
-RESUMED = (("rc_mae", "ddp"), ("dbot", "fsdp2"))
-STOP = 3  # steps of the half that another number of processes goes on with
+# And after how many steps another number of processes goes on; dBOT's second stage begins after 4.
+RESUMED = (("rc_mae", "ddp", 3), ("dbot", "fsdp2", 3), ("dbot", "ddp", 5))
 WITH_KNN = {"knn_every": 1, "limit": 200, "k": 5}
 
 
@@ -84,11 +84,11 @@ def printed(commands: list[Command]) -> str:
     return "\n".join(command.printed() for command in commands)
 
 
-def together(function, folder: Path) -> list:
-    """What ``function()`` returns in each of two processes."""
-    commands = start_ranks(partial(_save_result, function, folder), folder)
-    assert finish(commands) == [0, 0], printed(commands)
-    return [torch.load(folder / f"{i}.pt") for i in range(2)]
+def together(function, folder: Path, world: int = 2) -> list:
+    """What ``function()`` returns in each of some processes."""
+    commands = start_ranks(partial(_save_result, function, folder), folder, world=world)
+    assert finish(commands) == [0] * world, printed(commands)
+    return [torch.load(folder / f"{i}.pt") for i in range(world)]
 
 
 def _save_result(function, folder: Path) -> int:
@@ -114,10 +114,10 @@ def train_all(folder: Path, alone: Path) -> dict:
         assert outcome.saved
         if parallel == "ddp":  # of shards every process has its own
             found[name] = [*begun, everything(trainer.engine)]
-    for name, parallel in RESUMED:
+    for name, parallel, stop in RESUMED:
         assert Trainer(config(alone / "halves", name, parallel)).run().finished
-        stopped = Trainer(config(folder / "halves", name, parallel, stop_after=STOP)).run()
-        assert (stopped.steps, stopped.saved) == (STOP, True)
+        stopped = Trainer(config(folder / "halves", name, parallel, stop_after=stop)).run()
+        assert (stopped.steps, stopped.saved) == (stop, True)
     return found
 
 
@@ -133,8 +133,8 @@ def alone(tmp_path_factory) -> Path:
     folder = tmp_path_factory.mktemp("alone")
     for name in RUNS:
         Trainer(config(folder, name, "none")).run()
-    for name, parallel in RESUMED:
-        Trainer(half_of_one(folder, name, parallel, stop_after=STOP)).run()
+    for name, parallel, stop in RESUMED:
+        Trainer(half_of_one(folder, name, parallel, stop_after=stop)).run()
     return folder
 
 
@@ -180,10 +180,22 @@ def test_two_processes_make_the_run_of_one(trained, alone, name, parallel):
     assert_same_run(folder / f"{name}-{parallel}", alone / f"{name}-none")
 
 
-@pytest.mark.parametrize(("name", "parallel"), RESUMED)
-def test_any_number_of_processes_goes_on_with_a_run(trained, alone, name, parallel):
+def train_in_thirds(folder: Path, parallel: str) -> int:
+    """A run whose batch three processes divide; returns its steps."""
+    run = config(folder, "rc_mae", parallel)
+    return Trainer(replace(run, recipe=replace(run.recipe, batch_size=444))).run().steps
+
+
+def test_three_processes_make_the_run_of_one(tmp_path):
+    steps = train_in_thirds(tmp_path, "none")
+    assert together(partial(train_in_thirds, tmp_path, "ddp"), tmp_path, 3) == [steps] * 3
+    assert_same_run(tmp_path / "rc_mae-ddp", tmp_path / "rc_mae-none")
+
+
+@pytest.mark.parametrize(("name", "parallel", "stop"), RESUMED)
+def test_any_number_of_processes_goes_on_with_a_run(trained, alone, name, parallel, stop):
     of_one = Trainer(half_of_one(trained[0], name, parallel))
-    assert of_one.done == STOP
+    assert of_one.done == stop
     assert of_one.run().finished
     for folder in (trained[0], alone):
         assert_same_run(folder / "halves" / f"{name}-{parallel}", alone / f"{name}-none")

@@ -1,5 +1,6 @@
 """dBOT's teachers of other sizes and from elsewhere."""
 
+import shutil
 from functools import partial
 from types import SimpleNamespace
 
@@ -11,7 +12,7 @@ from fastmim import DBOT, create_model
 from fastmim.cli import main
 from fastmim.methods import METHODS
 from fastmim.nn import FrozenTeacher, resize_pos_embed
-from fastmim.train import Trainer
+from fastmim.train import Engine, Trainer
 from fastmim.train.build import load_teacher, restore_run
 from fastmim.train.checkpoint import CheckpointError
 from tests import accuracy
@@ -95,6 +96,23 @@ def test_stages_mix_teachers_and_resume_exactly(tmp_path):
     assert_same_run(tmp_path / "b" / "run", tmp_path / "a" / "run")
 
 
+@pytest.mark.parametrize("teachers", [("{}",), ("own", "{}")])
+def test_run_is_evaluated_without_the_files_of_its_teachers(tmp_path, capsys, teachers):
+    path = saved_run(tmp_path / "larger", "nano_coarse")
+    named = tuple(name.format(path) for name in teachers)
+    chosen = recipe(epochs=2, stage_epochs=(0, 1, 2), teachers=named)
+    Trainer(pretrain(tmp_path, method="dbot", recipe=chosen)).run()
+    method = restore_run(tmp_path / "run")[1]
+    imgs = torch.randint(0, 256, (2, 1, 16, 16), dtype=torch.uint8)
+    expected = method.teach(imgs, None)
+    if len(teachers) == 2:
+        accuracy.exact(expected, load_teacher(path, of_digits())(imgs, of_digits()))
+    shutil.rmtree(tmp_path / "larger")
+    accuracy.exact(restore_run(tmp_path / "run")[1].teach(imgs, None), expected)
+    assert main(["knn", str(tmp_path / "run"), "--eval.limit=60", "--eval.k=3"]) == 0
+    assert "teacher" in capsys.readouterr().out
+
+
 def test_networks_of_other_patch_sizes_are_compared(tmp_path, capsys):
     path = saved_run(tmp_path / "larger", "nano_coarse")
     options = ["--method=dbot", f"--recipe.teachers=[{path}]", "--eval.knn_at_end=true"]
@@ -128,6 +146,21 @@ def test_width_of_the_teacher_needs_projection(tmp_path):
     with pytest.raises(ValueError, match=r"gives 48 features, the student predicts 32; allow proj"):
         Trainer(pretrain(tmp_path, method="dbot", recipe=chosen))
     DBOT(of_digits(target_dim=48), teachers=[load_teacher(path, of_digits())], projection=False)
+
+
+def test_width_of_a_later_own_teacher_is_checked_at_the_start():
+    teacher = FrozenTeacher(Convolutions(48, 4, True), tokens_of)
+    options = dict(teachers=[teacher, None], projection=False)
+    refusal = r"gives 32 features, the student predicts 48; allow proj"
+    with pytest.raises(ValueError, match=refusal):
+        DBOT(student(target_dim=48), **options)
+    method = DBOT(student(target_dim=48), **{**options, "teachers": [teacher]})
+    stages = recipe(stage_epochs=(0, 2, 4))
+    with pytest.raises(ValueError, match=refusal):
+        Engine(method, stages, precision="fp32", steps_per_epoch=2)
+    Engine(method, recipe(), precision="fp32", steps_per_epoch=2)
+    method = DBOT(student(target_dim=48), **{**options, "teachers": [teacher, teacher]})
+    Engine(method, stages, precision="fp32", steps_per_epoch=2).begin_stage(1)
 
 
 @pytest.mark.parametrize("with_cls", [True, False])

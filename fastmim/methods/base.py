@@ -130,6 +130,15 @@ class Method(nn.Module, ABC):
         """Momentum of an EMA teacher."""
         raise ValueError(f"{type(self).__name__} has no teacher that moves")
 
+    def check_stages(self, count: int) -> None:
+        """Refuse stages that could not begin, before any training.
+
+        Args:
+            count: Of the run, at least 1.
+        """
+        if count > 1 and not self.has_stages:
+            self.begin_stage(1)  # says that there are none
+
     def begin_stage(self, stage: int) -> None:
         """Replace teacher and student where a stage begins; the last one must be trained.
 

@@ -77,6 +77,7 @@ class DBOT(Method):
         self.stage = 0
         for teacher in filter(None, teachers):  # those of later stages too: before any training
             self._projects(teacher, autoencoder)
+        self.check_stages(max(len(teachers), len(stage_depths)))
         self._set_teacher(self._given(0) or self._copy(self.teacher_depth))
         self._fit_head(self.student)
 
@@ -108,6 +109,11 @@ class DBOT(Method):
     def teach(self, imgs: Tensor, masks: Masks) -> Tensor:
         """(B, N + 1, D): features of the whole images, cls token first; or (B, N, D)."""
         return self.teacher(imgs, self.student, final_norm=self.teacher_norm)
+
+    def check_stages(self, count: int) -> None:
+        for stage in range(1, count):
+            if self._given(stage) is None:
+                self._head_for(self.student.embed_dim, self.student)
 
     def begin_stage(self, stage: int) -> None:
         """The trained student becomes the teacher, unless another is given, and starts anew.
@@ -164,7 +170,10 @@ class DBOT(Method):
         weight = embed.proj.weight
         device = next(teacher.parameters(), weight).device  # those of later stages are not moved
         imgs = weight.new_zeros(1, embed.in_chans, *embed.img_size, device=device)
-        width, predicted = teacher(imgs, self.student).shape[-1], student.head.out_features
+        return self._head_for(teacher(imgs, self.student).shape[-1], student)
+
+    def _head_for(self, width: int, student: MaskedAutoencoder) -> int | None:
+        predicted = student.head.out_features
         if width == predicted:
             return None
         if not self.projection:

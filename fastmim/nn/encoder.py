@@ -117,6 +117,13 @@ class Encoder(nn.Module):
         """Side of a patch in pixels."""
         return self.patch_embed.patch_size[0]
 
+    @property
+    def options(self) -> dict:
+        """Arguments, as plain values, that make an encoder into which the weights of this fit."""
+        names = ("img_size", "patch_size", "in_chans", "embed_dim", "depth", "num_heads")
+        names += ("mlp_ratio", "pixel_mean", "pixel_std")
+        return {name: self._options[name] for name in names}
+
     def initialize_weights(self) -> None:
         """MAE's initialisation; the bias of the patch embedding keeps the convolution's default."""
         nn.init.xavier_uniform_(self.patch_embed.proj.weight.flatten(1))

@@ -4,7 +4,7 @@ import contextlib
 import functools
 import hashlib
 import inspect
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -61,8 +61,19 @@ def build_autoencoder(
         )
 
 
-def build_method(name: str, recipe: Recipe, autoencoder: MaskedAutoencoder) -> Method:
+def build_method(
+    name: str,
+    recipe: Recipe,
+    autoencoder: MaskedAutoencoder,
+    teachers: Sequence[FrozenTeacher | None] | None = None,
+) -> Method:
     """The method of that name around the network, with the recipe's options that it knows.
+
+    Args:
+        name: Of the method.
+        recipe: Its options.
+        autoencoder: The student.
+        teachers: Of each stage, in place of the files that the recipe names.
 
     Raises:
         ValueError: If the name is unknown; suggests the nearest.
@@ -70,7 +81,9 @@ def build_method(name: str, recipe: Recipe, autoencoder: MaskedAutoencoder) -> M
     cls = _method_class(name)
     known = set(inspect.signature(cls).parameters) & set(vars(recipe))
     options = {option: getattr(recipe, option) for option in known}
-    if options.get("teachers"):
+    if teachers is not None:
+        options["teachers"] = teachers
+    elif options.get("teachers"):
         options["teachers"] = [
             None if path == OWN_TEACHER else load_teacher(path, autoencoder)
             for path in options["teachers"]
@@ -299,7 +312,7 @@ def _digest(path: Path) -> str:
 
 
 def restore_run(path: str | Path) -> tuple[Checkpoint, Method]:
-    """The method of a saved run with its newest valid weights.
+    """The method of a saved run with its newest valid weights; needs no file of its teachers.
 
     Args:
         path: Folder of a run, or of one checkpoint.
@@ -311,8 +324,15 @@ def restore_run(path: str | Path) -> tuple[Checkpoint, Method]:
     with _of_a_run(found):
         identity = found.state["identity"]
         recipe = recipe_from_dict(identity["recipe"])
-        method = build_method(identity["method"], recipe, untrained_network(identity))
-        for stage in range(1, found.state.get("stage", 0) + 1):
+        last, teachers = found.state.get("stage", 0), None
+        if "teacher" in found.state:  # the files that the recipe names may be gone
+            encoder = Encoder(**found.state["teacher"])
+            teachers = [None] * last + [
+                FrozenTeacher(encoder, img_size=encoder.patch_embed.img_size)
+            ]
+        network = untrained_network(identity)
+        method = build_method(identity["method"], recipe, network, teachers)
+        for stage in range(1, last + 1):
             method.begin_stage(stage)
     load_parts(method, found)
     return found, method

@@ -119,8 +119,7 @@ def check_options(method: Method, recipe: Recipe, teacher_once: bool) -> None:
             "efficiency.teacher_once: this teacher moves after every micro-batch, so it cannot "
             "see all of them at once; use recipe.momentum_schedule cosine"
         )
-    if len(recipe.stages) > 1 and not method.has_stages:
-        method.begin_stage(1)  # says that there are none
+    method.check_stages(len(recipe.stages))
 
 
 def resolve_precision(precision: str, device: torch.device, width: int) -> str:

@@ -460,6 +460,8 @@ class Trainer:
             "bad_in_a_row": self._bad_in_a_row,
             "log_window": asdict(log.window),
         }
+        if self.method.has_stages:
+            state["teacher"] = self.method.teacher.module.options
         root, keep = self.folder / CHECKPOINTS, self.config.output.keep
         try:
             checkpoints.save(root, self.done, parts, state, keep=keep)
