@@ -26,7 +26,7 @@ NARROWED = {
         "lower": "one bit, to be counted",
     },
     "patch_loss.py": {
-        "tl.load(ids_ptr + row, mask=row < num_rows, other=0)": "a patch of an image: fewer than "
+        "tl.load(id_ptr, mask=row < num_rows, other=0)": "a patch of an image: fewer than "
         "2**31, and what it multiplies is 64 bits wide again",
         "row": "its accepts() refuses 2**31 rows",
     },
