@@ -52,14 +52,19 @@ architectures together; load and store are the widest accesses to global memory 
 architecture where they are narrowest."""
 # "module:kernel" to the most spills of one shape, all architectures together, and the reason.
 SPILLS_ALLOWED: dict[str, tuple[int, str]] = {
-    "attention:_attention_kernel": (80, "sm_120 alone, 197 tokens of head dim 64"),
+    "attention:_attention_kernel": (
+        450,
+        "packed sequences: float32, which auto gives to PyTorch, and about 26 on each architecture "
+        "in bfloat16 at head dim 64, to be weighed against a smaller tile on a GPU; of images, "
+        "sm_120 alone at 197 tokens of head dim 64, 80",
+    ),
     "attention:_attention_bwd_long_kernel": (
         170,
         "257 tokens, and queries apart from keys: loads of constants before and behind the loop "
         "over keys, few in it; sm_100 has none; two sweeps: none, but 1.4 times the products",
     ),
     "attention:_attention_bwd_swept_kernel": (
-        120,
+        125,
         "float32 alone, whose exact products need the operands in registers, and 2 on sm_80 at "
         "head dim 80; auto gives float32 to PyTorch",
     ),
