@@ -83,7 +83,9 @@ def _lines(rows: list[dict]) -> Iterator[str]:
         f"{first['model']}, seed {first['seed']}; accuracy on `{first['test']}` "
         f"({first['test_images']:,} images, one standard error at most {error:.1f} points). "
         f"kNN: k = {first['k']}. Linear probe: learning rate chosen on a tenth of the training "
-        f"images. {first['cpu_name']}, torch {first['torch']}, commit {first['commit']}."
+        f"images. {first['cpu_name']}, torch {first['torch']}, commit {first['commit']}. "
+        f"`python benchmarks/learning.py --train {first['train']} --test {first['test']} "
+        f"--epochs {first['epochs']} --seed {first['seed']}`"
     )
     yield ""
     yield "| method | network | kNN, % | linear probe, % |"
