@@ -657,7 +657,9 @@ print(module.native.build_info()["simd_in_use"])
 def test_instruction_sets_agree(tmp_path):
     """To the bit, or to rounding where products and sums are fused."""
     results = {}
-    for variant in native.build_info()["simd_variants"]:
+    variants = native.build_info()["simd_variants"]
+    # PyTorch takes what it is told to, and would die of a set that the processor has not.
+    for variant in variants[: variants.index(native.build_info()["simd_in_use"]) + 1]:
         env = os.environ | {"ATEN_CPU_CAPABILITY": variant}
         env["PYTHONPATH"] = os.pathsep.join(filter(None, sys.path))
         file = tmp_path / f"{variant}.pt"
