@@ -14,6 +14,10 @@ namespace {
 
 using namespace fastmim;
 
+// Keys that are summed before their sum is added to the others': the error grows with GROUP + keys /
+// GROUP, not with the keys.
+constexpr int64_t GROUP = 8;
+
 // Products of matrices of floats.
 template <int W>
 struct Product {
@@ -250,10 +254,14 @@ struct ForwardHeads {
     Float highest = V::load(scores);
     for (int64_t j = 1; j < keys; ++j) highest = V::max(V::load(scores + j * stride), highest);
     Float sum{};
-    for (int64_t j = 0; j < keys; ++j) {
-      const Float p = V::exp(V::load(scores + j * stride) - highest);
-      sum += p;
-      V::store(scores + j * stride, p);
+    for (int64_t first = 0; first < keys; first += GROUP) {
+      Float part{};
+      for (int64_t j = first; j < std::min(keys, first + GROUP); ++j) {
+        const Float p = V::exp(V::load(scores + j * stride) - highest);
+        part += p;
+        V::store(scores + j * stride, p);
+      }
+      sum += part;
     }
     V::store(whole, sum);
     const Float inverse = 1.0f / sum;
@@ -328,10 +336,14 @@ struct BackwardHeads {
     using V = Vector<W>;
     using Float = typename V::Float;
     Float delta{};
-    for (int64_t j = 0; j < keys; ++j) {
-      const Float p = V::exp(V::load(scores + j * stride) - lse);
-      delta += p * V::load(grads + j * stride);
-      V::store(scores + j * stride, p);
+    for (int64_t first = 0; first < keys; first += GROUP) {
+      Float part{};
+      for (int64_t j = first; j < std::min(keys, first + GROUP); ++j) {
+        const Float p = V::exp(V::load(scores + j * stride) - lse);
+        part += p * V::load(grads + j * stride);
+        V::store(scores + j * stride, p);
+      }
+      delta += part;
     }
     for (int64_t j = 0; j < keys; ++j) {
       const Float p = V::load(scores + j * stride) * scale;
