@@ -18,64 +18,66 @@ using namespace fastmim;
 // GROUP, not with the keys.
 constexpr int64_t GROUP = 8;
 
-// Products of matrices of floats.
+// c (rows x columns) = a (rows x depth, any strides) b (depth x columns), all floats. Rows of b and c
+// hold whole vectors.
+struct Matrices {
+  const float* a;
+  int64_t a_row, a_depth;
+  const float* b;
+  int64_t b_row, rows, depth, columns;
+  float* c;
+  int64_t c_row;
+};
+
 template <int W>
 struct Product {
   using V = Vector<W>;
   using Float = typename V::Float;
 
-  // c (ROWS x VECTORS * W) = a (ROWS x depth, any strides) b (depth x VECTORS * W)
+  // ROWS from `row` on, VECTORS from `column` on
   template <int ROWS, int VECTORS>
-  FASTMIM_INLINE static void tile(const float* a, int64_t a_row, int64_t a_depth, const float* b,
-                                  int64_t b_row, int64_t depth, float* c, int64_t c_row) {
+  FASTMIM_INLINE static void tile(const Matrices& m, int64_t row, int64_t column) {
+    const float *a = m.a + row * m.a_row, *b = m.b + column;
     Float sums[ROWS][VECTORS] = {};
-    for (int64_t k = 0; k < depth; ++k) {
+    for (int64_t k = 0; k < m.depth; ++k, a += m.a_depth, b += m.b_row) {
       Float right[VECTORS];
 #pragma GCC unroll 4
-      for (int j = 0; j < VECTORS; ++j) right[j] = V::load(b + k * b_row + j * W);
+      for (int j = 0; j < VECTORS; ++j) right[j] = V::load(b + j * W);
 #pragma GCC unroll 12
       for (int i = 0; i < ROWS; ++i) {
-        const Float left = V::all(a[i * a_row + k * a_depth]);
+        const Float left = V::all(a[i * m.a_row]);
 #pragma GCC unroll 4
         for (int j = 0; j < VECTORS; ++j) sums[i][j] += left * right[j];
       }
     }
+    float* const c = m.c + row * m.c_row + column;
 #pragma GCC unroll 12
     for (int i = 0; i < ROWS; ++i)
 #pragma GCC unroll 4
-      for (int j = 0; j < VECTORS; ++j) V::store(c + i * c_row + j * W, sums[i][j]);
+      for (int j = 0; j < VECTORS; ++j) V::store(c + i * m.c_row + j * W, sums[i][j]);
   }
 
   template <int VECTORS>
-  FASTMIM_INLINE static void panel(const float* a, int64_t a_row, int64_t a_depth, const float* b,
-                                   int64_t b_row, int64_t rows, int64_t depth, float* c,
-                                   int64_t c_row) {
+  FASTMIM_INLINE static void panel(const Matrices& m, int64_t column) {
     // Sums, a row of b and a value of a fill the registers: 32 with AVX-512, else 16.
     constexpr int ROWS = W < 16 ? 12 / VECTORS : VECTORS < 3 ? 12 : VECTORS == 3 ? 8 : 6;
     constexpr int FEWER = std::min(ROWS / 2, 4);
-    int64_t i = 0;
-    for (; i + ROWS <= rows; i += ROWS)
-      tile<ROWS, VECTORS>(a + i * a_row, a_row, a_depth, b, b_row, depth, c + i * c_row, c_row);
-    for (; i + FEWER <= rows; i += FEWER)
-      tile<FEWER, VECTORS>(a + i * a_row, a_row, a_depth, b, b_row, depth, c + i * c_row, c_row);
-    for (; i < rows; ++i)
-      tile<1, VECTORS>(a + i * a_row, a_row, a_depth, b, b_row, depth, c + i * c_row, c_row);
+    int64_t row = 0;
+    for (; row + ROWS <= m.rows; row += ROWS) tile<ROWS, VECTORS>(m, row, column);
+    for (; row + FEWER <= m.rows; row += FEWER) tile<FEWER, VECTORS>(m, row, column);
+    for (; row < m.rows; ++row) tile<1, VECTORS>(m, row, column);
   }
 
-  // Rows of b and c hold `columns` floats, a multiple of W.
-  FASTMIM_INLINE static void run(const float* a, int64_t a_row, int64_t a_depth, const float* b,
-                                 int64_t b_row, int64_t rows, int64_t depth, int64_t columns,
-                                 float* c, int64_t c_row) {
+  FASTMIM_INLINE static void run(const Matrices& m) {
     constexpr int MOST = W < 16 ? 2 : 4;
-    int64_t j = 0;
-    for (; j + MOST * W <= columns; j += MOST * W)
-      panel<MOST>(a, a_row, a_depth, b + j, b_row, rows, depth, c + j, c_row);
-    const int64_t left = (columns - j) / W;
+    int64_t column = 0;
+    for (; column + MOST * W <= m.columns; column += MOST * W) panel<MOST>(m, column);
+    const int64_t left = (m.columns - column) / W;
     if constexpr (MOST == 4) {
-      if (left == 3) panel<3>(a, a_row, a_depth, b + j, b_row, rows, depth, c + j, c_row);
-      if (left == 2) panel<2>(a, a_row, a_depth, b + j, b_row, rows, depth, c + j, c_row);
+      if (left == 3) panel<3>(m, column);
+      if (left == 2) panel<2>(m, column);
     }
-    if (left == 1) panel<1>(a, a_row, a_depth, b + j, b_row, rows, depth, c + j, c_row);
+    if (left == 1) panel<1>(m, column);
   }
 };
 
@@ -228,7 +230,8 @@ struct ForwardHeads {
         const int64_t m = head.queries, n = head.keys, queries = V::padded(m);
         read_columns<W>(args.q + head.q, s.q_row(), m, s.width, args.scale, q);
         const ConstRows k = read_rows<W>(args.kv + head.k, s.kv_row(), n, s.width, k_scratch);
-        Product<W>::run(k.first, k.stride, 1, q, queries, n, s.width, queries, scores, queries);
+        call<Product, W>(
+            Matrices{k.first, k.stride, 1, q, queries, n, s.width, queries, scores, queries});
         float* const lse = args.lse + head.lse;
         for (int64_t i = 0; i < queries; i += W) {
           const auto highest = softmax<W>(scores + i, n, queries, whole + i);
@@ -238,7 +241,8 @@ struct ForwardHeads {
         const ConstRows v = read_rows<W>(args.kv + head.v, s.kv_row(), n, s.width, v_scratch);
         T* const to = args.out + head.out;
         const Rows out = begin_rows<W>(to, s.row(1), s.width, out_scratch);
-        Product<W>::run(scores, 1, queries, v.first, v.stride, m, n, width, out.first, out.stride);
+        call<Product, W>(
+            Matrices{scores, 1, queries, v.first, v.stride, m, n, width, out.first, out.stride});
         finish_rows(out, m, s.width, to, s.row(1));
       }
     }
@@ -302,9 +306,10 @@ struct BackwardHeads {
         const ConstRows grad = read_rows<W>(grad_from, s.row(1), m, s.width, grad_scratch);
         read_columns<W>(q_from, s.q_row(), m, s.width, args.scale, q_columns);
         read_columns<W>(grad_from, s.row(1), m, s.width, 1.0f, grad_columns);
-        Product<W>::run(k.first, k.stride, 1, q_columns, queries, n, s.width, queries, p, queries);
-        Product<W>::run(v.first, v.stride, 1, grad_columns, queries, n, s.width, queries, grad_p,
-                        queries);
+        call<Product, W>(
+            Matrices{k.first, k.stride, 1, q_columns, queries, n, s.width, queries, p, queries});
+        call<Product, W>(Matrices{v.first, v.stride, 1, grad_columns, queries, n, s.width, queries,
+                                  grad_p, queries});
         std::copy(args.lse + head.lse, args.lse + head.lse + m, lse);
         std::fill(lse + m, lse + queries, 0.0f);
         for (int64_t i = 0; i < queries; i += W)
@@ -323,8 +328,8 @@ struct BackwardHeads {
                                    int64_t a_row, int64_t a_depth, const ConstRows& b,
                                    float* scratch, T* to, int64_t stride) {
     const Rows rows = begin_rows<W>(to, stride, s.width, scratch);
-    Product<W>::run(a, a_row, a_depth, b.first, b.stride, count, depth, Vector<W>::padded(s.width),
-                    rows.first, rows.stride);
+    call<Product, W>(Matrices{a, a_row, a_depth, b.first, b.stride, count, depth,
+                              Vector<W>::padded(s.width), rows.first, rows.stride});
     finish_rows(rows, count, s.width, to, stride);
   }
 

@@ -41,20 +41,31 @@ struct Lanes<16> {
 template <template <int> class Kernel>
 struct ForEachWidth {
   template <typename... Args>
-  static void baseline(Args&... args) {
+  __attribute__((noinline)) static void baseline(Args&... args) {
     Kernel<4>::run(args...);
   }
 #if defined(__x86_64__)
   template <typename... Args>
-  __attribute__((target("avx2,fma"))) static void avx2(Args&... args) {
+  __attribute__((noinline, target("avx2,fma"))) static void avx2(Args&... args) {
     Kernel<8>::run(args...);
   }
   template <typename... Args>
-  __attribute__((target("avx512f,avx512bw,prefer-vector-width=512"))) static void avx512(Args&... args) {
+  __attribute__((noinline, target("avx512f,avx512bw,prefer-vector-width=512"))) static void avx512(
+      Args&... args) {
     Kernel<16>::run(args...);
   }
 #endif
 };
+
+// Kernel<W>::run(args...) as a function of its own, for kernels of W lanes that share it.
+template <template <int> class Kernel, int W, typename... Args>
+FASTMIM_INLINE void call(Args&&... args) {
+#if defined(__x86_64__)
+  if constexpr (W == 16) return ForEachWidth<Kernel>::avx512(args...);
+  if constexpr (W == 8) return ForEachWidth<Kernel>::avx2(args...);
+#endif
+  return ForEachWidth<Kernel>::baseline(args...);
+}
 
 template <template <int> class Kernel, typename... Args>
 void wide(Args&&... args) {
