@@ -11,7 +11,7 @@ demo: $(BIN)/python
 
 test: $(BIN)/python
 	$(BIN)/pip install -c constraints.txt '.[test]'
-	$(BIN)/pytest
+	$(BIN)/pytest -n auto --dist loadfile
 
 $(BIN)/python:
 	$(PYTHON) -m venv $(VENV)

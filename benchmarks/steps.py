@@ -45,8 +45,8 @@ COLUMNS: list[Column] = [
 # fmt: on
 WORDS = {"method": ["rc_mae", "mae", "dbot", "sdae"], "peer": [*PEERS, *list(OWN)[1:]]}
 # Take half a minute or more to start, or are asked for by name alone.
-_COMPILED = ("compiled", "hf-compiled")
-_BY_NAME = ("compiled-max-autotune", *list(OWN)[1:])
+_COMPILED = ("fastmim-compiled", "compiled", "hf-compiled")
+_BY_NAME = ("compiled-max-autotune", *(name for name in list(OWN)[1:] if name not in _COMPILED))
 _IN_SMOKE = ("fastmim", "plain")
 _SMOKE_BATCH = 8
 _CHECKED_IMAGES = 2

@@ -3,6 +3,7 @@
 import importlib
 import importlib.util
 import os
+import signal
 import sys
 from pathlib import Path
 from types import ModuleType
@@ -20,6 +21,8 @@ if DEVICE == "cpu":
         from tests import interpreter_bf16
 
         interpreter_bf16.install()
+# A shell's background job ignores Ctrl-C, and what it starts does so too.
+signal.signal(signal.SIGINT, signal.default_int_handler)
 # The tensors are tiny: on a busy machine threads waiting for each other cost ten times the work.
 torch.set_num_threads(1)
 

@@ -1,5 +1,6 @@
 """The loader: the same pixels for any workers, micro-batches, start; bad pictures; dead workers."""
 
+import contextlib
 import io
 import itertools
 import multiprocessing
@@ -357,15 +358,27 @@ print("left in order", more, flush=True)
 """
 
 
-def start(mode):
-    process = subprocess.Popen(
-        [sys.executable, "-c", SCRIPT, mode],
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        text=True,
-        start_new_session=True,
-    )
-    return process, [int(pid) for pid in process.stdout.readline().split()]
+@pytest.fixture
+def start():
+    """Starts a process with two workers in a group of their own, which ends with the test."""
+    processes = []
+
+    def started(mode):
+        process = subprocess.Popen(
+            [sys.executable, "-c", SCRIPT, mode],
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+            start_new_session=True,
+        )
+        processes.append(process)
+        return process, [int(pid) for pid in process.stdout.readline().split()]
+
+    yield started
+    for process in processes:
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(process.pid, signal.SIGKILL)
+        process.wait()
 
 
 def assert_gone(pids, seconds):
@@ -383,7 +396,7 @@ needs_pidfd = pytest.mark.skipif(not hasattr(os, "pidfd_open"), reason="waits by
 
 
 @needs_pidfd
-def test_signals_to_the_whole_group_leave_the_decision_to_the_main_process():
+def test_signals_to_the_whole_group_leave_the_decision_to_the_main_process(start):
     process, pids = start("graceful")
     assert len(pids) == 2
     os.killpg(process.pid, signal.SIGTERM)
@@ -396,7 +409,7 @@ def test_signals_to_the_whole_group_leave_the_decision_to_the_main_process():
 
 @needs_pidfd
 @pytest.mark.parametrize("kind", [signal.SIGINT, signal.SIGKILL])
-def test_no_worker_outlives_the_main_process(kind):
+def test_no_worker_outlives_the_main_process(start, kind):
     process, pids = start("plain")
     assert len(pids) == 2
     if kind == signal.SIGINT:

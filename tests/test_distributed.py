@@ -211,24 +211,25 @@ def test_processes_hold_the_same_bits_when_a_stage_begins_and_at_the_end(trained
             accuracy.exact(tensor, theirs[key])
 
 
-# Options of the network, and the micro-batches of a step.
+# Options of the network or of the engine, and the micro-batches of a step.
 ENGINES = {
     "one channel, not square": (dict(in_chans=1, img_size=(16, 24)), 1),
     "four channels, not square": (dict(in_chans=4, img_size=(24, 8)), 2),
     "lean": (dict(memory="lean"), 1),
     "checkpoint": (dict(memory="checkpoint"), 2),
-    "compiled": ({}, 1),
+    "compiled": (dict(compiled=True), 2),
 }
 
 
-def make_engine(parallel: str, **options) -> Engine:
+def make_engine(parallel: str, compiled: bool = False, **options) -> Engine:
     chosen = recipe(batch_size=8, warmup_epochs=0)
     torch.manual_seed(rank())  # rank 0's weights are everyone's
     network = create_model("nano", norm_pix_loss=True, **options)
     world = World(timeout_minutes=5)
     world.choose(parallel)
     method = build_method("rc_mae", chosen, network)
-    return Engine(method, chosen, precision="fp32", steps_per_epoch=2, world=world)
+    options = dict(precision="fp32", steps_per_epoch=2, compiled=compiled, world=world)
+    return Engine(method, chosen, **options)
 
 
 def micro_batches(run: Engine, step: int, count: int = 1) -> list:
@@ -251,8 +252,6 @@ def losses_of_engines(parallel: str) -> dict[str, list[float]]:
     found = {}
     for name, (options, count) in ENGINES.items():
         run = make_engine(parallel, **options)
-        if name == "compiled" and parallel == "ddp":
-            run.method.compile(backend="aot_eager")
         results = [run.run_step(i, micro_batches(run, i, count), count) for i in range(4)]
         found[name] = [result.losses["loss"] for result in results]
     return found
@@ -285,7 +284,8 @@ def checked(tmp_path_factory) -> list[tuple]:
 
 @pytest.fixture(scope="module")
 def losses_of_one() -> dict[str, list[float]]:
-    return losses_of_engines("none")
+    with torch.compiler.set_stance("force_eager"):
+        return losses_of_engines("none")
 
 
 @pytest.mark.parametrize("name", ENGINES)

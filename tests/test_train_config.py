@@ -77,7 +77,7 @@ def test_value_out_of_range_is_refused_by_name(group, option, name, value):
 def test_every_number_has_a_rule():
     """Of the options that are not names, only these take any value."""
     free = {"norm_pix", "img_size", "crop_scale", "crop_aspect", "hflip", "knn_at_end"}
-    free |= {"stage_carry", "projection", "teacher_once"}
+    free |= {"stage_carry", "projection", "teacher_once", "compile"}
     words = {"str", "str | None", "Path"}
     for group, _, options in REFUSED:
         for field in dataclasses.fields(group):

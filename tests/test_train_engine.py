@@ -25,7 +25,9 @@ def network(dtype=torch.float32, model="nano", **options):
     return create_model(model, norm_pix_loss=True, **options).to(dtype)
 
 
-def engine(method="rc_mae", dtype=torch.float32, precision="fp32", **changes) -> Engine:
+def engine(
+    method="rc_mae", dtype=torch.float32, precision="fp32", compiled=False, **changes
+) -> Engine:
     chosen = recipe(batch_size=32, **{"warmup_epochs": 0, **changes})
     return Engine(
         build_method(
@@ -36,6 +38,7 @@ def engine(method="rc_mae", dtype=torch.float32, precision="fp32", **changes) ->
         chosen,
         precision=precision,
         steps_per_epoch=STEPS_PER_EPOCH,
+        compiled=compiled,
     )
 
 

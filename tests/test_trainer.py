@@ -128,6 +128,27 @@ def test_loading_processes_change_nothing(tmp_path, unbroken, efficiency):
     assert_same_run(tmp_path / "run", unbroken)
 
 
+def test_compiled_run_resumes_exactly_and_is_the_run(tmp_path, unbroken):
+    torch.compiler.reset()
+    config = partial(pretrain, efficiency={"compile": True})
+    assert Trainer(config(tmp_path / "a")).run().finished
+    for stop in (10, None):
+        Trainer(config(tmp_path / "b", stop_after=stop)).run()
+    run = tmp_path / "a" / "run"
+    assert_same_run(tmp_path / "b" / "run", run)
+    losses = [[line["loss"] for line in metrics(folder)] for folder in (run, unbroken)]
+    accuracy.run(*losses, torch.float32)
+
+
+def test_compiler_that_is_missing_is_told_at_the_start(tmp_path, monkeypatch):
+    torch.compiler.reset()
+    monkeypatch.setattr(torch._inductor.config, "force_disable_caches", True)
+    monkeypatch.setattr(torch._inductor.config.cpp, "cxx", ("/nonexistent/g++",))
+    with pytest.raises(ValueError, match=r"efficiency.compile: .*nonexistent.*needs a C\+\+ comp"):
+        Trainer(pretrain(tmp_path, efficiency={"compile": True}))
+    assert not (tmp_path / "run").exists()
+
+
 def test_micro_batch_may_change_at_a_resumption(tmp_path, unbroken):
     for micro_batch, stop in ((64, 10), (128, None)):
         config = pretrain(tmp_path, efficiency={"micro_batch": micro_batch}, stop_after=stop)

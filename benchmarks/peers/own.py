@@ -20,6 +20,7 @@ class FastMIM(StepProgram):
     memory = "standard"
     residual_dtype: torch.dtype | None = None
     backend: str | None = None
+    compiled = False
 
     def __init__(self, case: Case) -> None:
         recipe = case.recipe
@@ -40,7 +41,12 @@ class FastMIM(StepProgram):
         self.case = case
         self.student = method.student
         self._engine = Engine(
-            method, recipe, precision=case.dtype, steps_per_epoch=10**6, world=self.world()
+            method,
+            recipe,
+            precision=case.dtype,
+            steps_per_epoch=10**6,
+            compiled=self.compiled,
+            world=self.world(),
         )
         self._step = itertools.count()
 
@@ -68,6 +74,22 @@ class FastMIM(StepProgram):
             "decoder": [(student, "forward_decoder")],
             "teacher": [(engine, "_teach")],
             "loss": [(engine.method, "forward")],  # what is left of the forward pass
+            "update": [(engine, "_update"), (engine, "_follow")],
+        }
+
+
+class CompiledFastMIM(FastMIM):
+    """``compile=True``: networks and loss under torch.compile, around fastmim's operators."""
+
+    name = "fastmim-compiled"
+    compiled = True
+
+    def parts(self) -> dict[str, list[tuple[object, str]]]:
+        engine = self._engine
+        return {
+            "masks": [(engine, "masks")],
+            "teacher": [(engine, "_teach")],
+            "forward": [(engine.method, "_compiled_call_impl")],
             "update": [(engine, "_update"), (engine, "_follow")],
         }
 
@@ -110,5 +132,13 @@ class Reference(FastMIM):
 
 OWN: dict[str, type[StepProgram]] = {
     program.name: program
-    for program in (FastMIM, Lean, RecomputeMlp, Checkpoint, LeanBf16Residual, Reference)
+    for program in (
+        FastMIM,
+        CompiledFastMIM,
+        Lean,
+        RecomputeMlp,
+        Checkpoint,
+        LeanBf16Residual,
+        Reference,
+    )
 }

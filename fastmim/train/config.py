@@ -185,6 +185,8 @@ class Efficiency:
         teacher_precision: Of the teacher's products, which have no gradient. same: as precision.
         teacher_once: Let the teacher see all micro-batches of a step at once: fewer, larger
             products, and memory for the features of the whole step.
+        compile: Put the networks and the loss under torch.compile, around the operators of this
+            library. The first step takes a minute more, or a few for large models.
         workers: Processes that load images for each training process; 0: it does so itself.
         threads: CPU threads of a training process. Default: torch's.
         device: auto: a GPU if there is one, else the CPU. Each of several processes takes a GPU of
@@ -202,6 +204,7 @@ class Efficiency:
     residual: Literal["fp32", "bf16"] = "fp32"
     teacher_precision: Literal["same", "fp32", "bf16"] = "same"
     teacher_once: bool = False
+    compile: bool = False
     workers: int = 0
     threads: int | None = None
     device: str = "auto"

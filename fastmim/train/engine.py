@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from fastmim.methods import Clock, Method
+from fastmim.nn.layers import Block
 from fastmim.ops import Masks, ema_update_, num_keep, sample_masks, sample_uniforms
 from fastmim.train.config import Recipe
 from fastmim.train.distributed import World
@@ -122,6 +123,23 @@ def check_options(method: Method, recipe: Recipe, teacher_once: bool) -> None:
     method.check_stages(len(recipe.stages))
 
 
+def check_compiler(device: torch.device) -> None:
+    """Refuse ``efficiency.compile`` where torch.compile does not work.
+
+    Raises:
+        ValueError: Says what it lacks.
+    """
+    try:
+        torch.compile(torch.neg)(torch.ones(1, device=device))
+    except Exception as error:  # of a compiler, of Python's headers, of Triton
+        problem = next((line for line in str(error).splitlines() if line.strip()), repr(error))
+        needs = "Triton and a C compiler" if device.type == "cuda" else "a C++ compiler (g++)"
+        raise ValueError(
+            f"efficiency.compile: torch.compile does not work here ({problem.strip()}); it "
+            f"needs {needs}; install it, or leave the option out"
+        ) from error
+
+
 def resolve_precision(precision: str, device: torch.device, width: int) -> str:
     """``fp32`` or ``bf16``: what ``auto`` means on a device, for a model of some width.
 
@@ -153,6 +171,8 @@ class Engine:
         steps_per_epoch: Optimizer steps in a pass over the data.
         teacher_precision: fp32 or bf16, of what the teacher computes. Default: ``precision``.
         teacher_once: Let the teacher see all micro-batches of a step at once.
+        compiled: Put networks and loss under torch.compile; of FSDP2, which gathers the weights of
+            each block when it is called, the blocks.
         world: Processes that train together, all of which must construct one. Default: this one.
 
     Attributes:
@@ -168,6 +188,7 @@ class Engine:
         steps_per_epoch: int,
         teacher_precision: str | None = None,
         teacher_once: bool = False,
+        compiled: bool = False,
         world: World | None = None,
     ) -> None:
         check_options(method, recipe, teacher_once)
@@ -177,6 +198,7 @@ class Engine:
         self.steps_per_epoch = steps_per_epoch
         self.teacher_precision = teacher_precision or precision
         self.teacher_once = teacher_once
+        self.compiled = compiled
         self.teacher_seconds = 0.0
         self._teacher_events: list[tuple[torch.cuda.Event, torch.cuda.Event]] = []
         self.num_keep = num_keep(method.student.num_patches, recipe.mask_ratio)
@@ -188,7 +210,15 @@ class Engine:
 
     def _begin(self) -> None:
         """Spread the networks there are over the processes, and make their optimizer."""
+        whole = self.world.parallel != "fsdp2"
+        if self.compiled:
+            for module in [self.method] if whole else self.method.modules():
+                if whole or isinstance(module, Block):
+                    module.compile(dynamic=False)
         self._wrapped = self.world.wrap(self.method)
+        if self.compiled and whole:
+            teach = torch.compile(self._wrapped.teach, dynamic=False)
+            self._wrapped = self._wrapped._replace(teach=teach)
         self.optimizer = self._make_optimizer()
 
     def _make_optimizer(self) -> AdamWEMA:

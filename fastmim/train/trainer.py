@@ -32,6 +32,7 @@ from fastmim.train.engine import (
     Engine,
     StepResult,
     Votes,
+    check_compiler,
     check_options,
     resolve_device,
     resolve_precision,
@@ -103,6 +104,7 @@ class Trainer:
             if efficiency.teacher_precision == "same"
             else efficiency.teacher_precision,
             teacher_once=efficiency.teacher_once,
+            compiled=efficiency.compile,
             steps_per_epoch=self.loader.sampler.steps_per_epoch,
             world=self.world,
         )
@@ -131,6 +133,8 @@ class Trainer:
         self.precision = resolve_precision(efficiency.precision, self.device, autoencoder.embed_dim)
         self.method = build_method(config.method, recipe, autoencoder).to(self.device)
         check_options(self.method, recipe, efficiency.teacher_once)
+        if efficiency.compile:
+            check_compiler(self.device)
         self.loader = PretrainLoader(
             self.source,
             batch_size=recipe.batch_size,
