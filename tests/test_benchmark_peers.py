@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from torch._dynamo.utils import counters
 
 from tests.conftest import benchmark_module
 
@@ -22,7 +23,7 @@ peers, plain, parts, shim, steps, stepcost, memory, loader = (
 CPU = torch.device("cpu")
 METHODS = ("mae", "rc_mae", "dbot", "sdae")
 SMALL = peers.Case("mae_vit_micro_patch4", 4, "mae", "fp32", "cpu")
-COMPILED = ("compiled", "compiled-max-autotune", "hf-compiled")
+COMPILED = ("fastmim-compiled", "compiled", "compiled-max-autotune", "hf-compiled")
 
 
 def case(method: str, dtype: str = "fp32"):
@@ -52,8 +53,13 @@ def test_every_program_has_the_loss_and_gradients_of_plain_pytorch(name, method)
         assert torch.equal(value, before[parameter]) == (not value.requires_grad), parameter
 
 
-def test_a_compiled_program_has_the_loss_and_gradients_of_plain_pytorch():
-    assert error(peers.PEERS["compiled"](case("mae")), case("mae")) <= 1e-5
+@pytest.mark.parametrize("name", ["compiled", "fastmim-compiled"])
+def test_a_compiled_program_has_the_loss_and_gradients_of_plain_pytorch(name):
+    program = peers.PROGRAMS[name](case("mae"))
+    counters.clear()
+    assert error(program, case("mae")) <= 1e-5
+    assert counters["stats"]["unique_graphs"] == 1
+    assert not counters["graph_break"]
 
 
 def test_a_program_with_another_loss_does_not_match():

@@ -14,6 +14,8 @@ import pytest
 import torch
 
 from fastmim import create_model
+from fastmim.methods import METHODS
+from fastmim.nn import FrozenTeacher
 from fastmim.train import Engine, Trainer
 from fastmim.train import trainer as trainer_module
 from fastmim.train.build import build_method, restore_run
@@ -217,17 +219,42 @@ ENGINES = {
     "four channels, not square": (dict(in_chans=4, img_size=(24, 8)), 2),
     "lean": (dict(memory="lean"), 1),
     "checkpoint": (dict(memory="checkpoint"), 2),
-    "compiled": (dict(compiled=True), 2),
+    "lean MAE, four channels, not square": (
+        dict(method="mae", in_chans=4, img_size=(16, 24), memory="lean"),
+        2,
+    ),
+    "SdAE that keeps little, one channel, not square": (
+        dict(method="sdae", in_chans=1, img_size=(24, 16), memory="recompute_mlp"),
+        1,
+    ),
+    "dBOT of one teacher in two stages, not square": (
+        dict(method="dbot", img_size=(8, 16), memory="checkpoint", in_chans=2),
+        1,
+    ),
+    "compiled": (dict(compiled=True, memory="lean", depth=3, decoder_depth=3), 2),
+    "compiled dBOT": (dict(compiled=True, method="dbot", drop_path=0.5), 1),
 }
 
 
-def make_engine(parallel: str, compiled: bool = False, **options) -> Engine:
-    chosen = recipe(batch_size=8, warmup_epochs=0)
+def make_engine(
+    parallel: str,
+    method: str = "rc_mae",
+    compiled: bool = False,
+    drop_path: float = 0.0,
+    **options,
+) -> Engine:
+    """Of dBOT in two stages, with one teacher for both where nothing is dropped."""
+    stages = (0, 1, 2) if method == "dbot" else None
+    chosen = recipe(batch_size=8, warmup_epochs=0, epochs=2, stage_epochs=stages)
     torch.manual_seed(rank())  # rank 0's weights are everyone's
-    network = create_model("nano", norm_pix_loss=True, **options)
+    options = {"norm_pix_loss": True, **METHODS[method].student_options(drop_path), **options}
+    network = create_model("nano", **options)
     world = World(timeout_minutes=5)
     world.choose(parallel)
-    method = build_method("rc_mae", chosen, network)
+    teachers = None
+    if stages and not drop_path:
+        teachers = [FrozenTeacher(network.fresh_encoder(depth=2))] * 2
+    method = build_method(method, chosen, network, teachers)
     options = dict(precision="fp32", steps_per_epoch=2, compiled=compiled, world=world)
     return Engine(method, chosen, **options)
 

@@ -3,8 +3,11 @@
 import json
 import os
 import random
+import re
 import shutil
 import signal
+import subprocess
+import sys
 import time
 from functools import partial
 from pathlib import Path
@@ -140,13 +143,24 @@ def test_compiled_run_resumes_exactly_and_is_the_run(tmp_path, unbroken):
     accuracy.run(*losses, torch.float32)
 
 
-def test_compiler_that_is_missing_is_told_at_the_start(tmp_path, monkeypatch):
-    torch.compiler.reset()
-    monkeypatch.setattr(torch._inductor.config, "force_disable_caches", True)
-    monkeypatch.setattr(torch._inductor.config.cpp, "cxx", ("/nonexistent/g++",))
-    with pytest.raises(ValueError, match=r"efficiency.compile: .*nonexistent.*needs a C\+\+ comp"):
-        Trainer(pretrain(tmp_path, efficiency={"compile": True}))
-    assert not (tmp_path / "run").exists()
+def test_micro_batch_of_more_than_a_step_is_the_step(tmp_path, unbroken):
+    Trainer(pretrain(tmp_path, efficiency={"micro_batch": 300})).run()
+    assert_same_run(tmp_path / "run", unbroken)
+
+
+def test_compiler_that_is_missing_is_told_at_the_start(tmp_path):
+    absent = {"CXX": "/nonexistent/g++", "TORCHINDUCTOR_FORCE_DISABLE_CACHES": "1"}
+    words = ["pretrain", "--efficiency.compile=true", "--efficiency.device=cpu"]
+    done = subprocess.run(
+        [sys.executable, "-m", "fastmim", *words, f"--output.folder={tmp_path / 'runs'}"],
+        env={**os.environ, **absent},
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode != 0
+    assert re.search(r"efficiency.compile: .*nonexistent.*needs a C\+\+ compiler", done.stderr)
+    assert "Traceback" not in done.stderr
+    assert not (tmp_path / "runs").exists()
 
 
 def test_micro_batch_may_change_at_a_resumption(tmp_path, unbroken):

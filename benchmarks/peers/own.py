@@ -84,6 +84,10 @@ class CompiledFastMIM(FastMIM):
     name = "fastmim-compiled"
     compiled = True
 
+    def __init__(self, case: Case) -> None:
+        torch._dynamo.reset()  # what was compiled for other cases is not needed again
+        super().__init__(case)
+
     def parts(self) -> dict[str, list[tuple[object, str]]]:
         engine = self._engine
         return {

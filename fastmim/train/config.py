@@ -175,7 +175,7 @@ class Efficiency:
 
     Args:
         micro_batch: Images per forward pass; must divide the part of recipe.batch_size that a
-            process has. Default: all of it at once.
+            process has. Default, and where it is larger: all of it at once.
         precision: Of matrix products. bf16: autocast, with float32 weights, teacher, residual
             stream and losses. auto: bf16 where the processor computes it natively and the model is
             wide enough to gain, else fp32.
@@ -186,7 +186,8 @@ class Efficiency:
         teacher_once: Let the teacher see all micro-batches of a step at once: fewer, larger
             products, and memory for the features of the whole step.
         compile: Put the networks and the loss under torch.compile, around the operators of this
-            library. The first step takes a minute more, or a few for large models.
+            library. The first step takes a minute more, or a few for large models; so does that of
+            a dBOT stage with networks of other sizes.
         workers: Processes that load images for each training process; 0: it does so itself.
         threads: CPU threads of a training process. Default: torch's.
         device: auto: a GPU if there is one, else the CPU. Each of several processes takes a GPU of

@@ -19,6 +19,9 @@ from fastmim.train.optim import AdamWEMA, lr_at, param_groups
 # Learning in bf16 was compared with fp32 at width 384 (benchmarks/bf16_curve.py); narrower models
 # than this gain as well, but have to ask for it.
 _NARROWEST_BF16_CPU = 256
+# Graphs of one function. Ten blocks of RC-MAE differ to the compiler (first, middle and last of
+# encoder and decoder, student and teacher), and dBOT has others in each stage.
+_MOST_COMPILED = 256
 
 
 class MicroBatch(Protocol):
@@ -131,7 +134,7 @@ def check_compiler(device: torch.device) -> None:
     """
     try:
         torch.compile(torch.neg)(torch.ones(1, device=device))
-    except Exception as error:  # of a compiler, of Python's headers, of Triton
+    except torch._dynamo.exc.TorchDynamoException as error:
         problem = next((line for line in str(error).splitlines() if line.strip()), repr(error))
         needs = "Triton and a C compiler" if device.type == "cuda" else "a C++ compiler (g++)"
         raise ValueError(
@@ -242,6 +245,9 @@ class Engine:
             self.stage += 1
             before = self.optimizer.state_dict()
             self.method.student = self.world.whole(self.method.student, everywhere=True)
+            if self.method.teacher is not None:  # it may be that of a later stage, too
+                teacher = self.method.teacher
+                teacher.module = self.world.whole(teacher.module, everywhere=True)
             self.method.begin_stage(self.stage)
             self._begin()
             if self.recipe.stage_carry:
@@ -294,7 +300,7 @@ class Engine:
             range(count), self._inputs(batches), strict=True
         ):
             with self.world.accumulating(self._wrapped.forward, i == count - 1):
-                with self._autocast(self.precision):
+                with self._computing(self.precision):
                     losses = self._wrapped.forward(imgs, masks, draws=draws, target=target)
                 (losses.total / count).backward()
             for name, value in {"loss": losses.total.detach(), **losses.terms}.items():
@@ -336,7 +342,7 @@ class Engine:
         begin = time.perf_counter()
         for event in events[:1]:
             event.record()
-        with torch.no_grad(), self._autocast(self.teacher_precision):
+        with torch.no_grad(), self._computing(self.teacher_precision):
             target = self._wrapped.teach(imgs, masks)
         for event in events[1:]:
             event.record()
@@ -429,7 +435,16 @@ class Engine:
         for tensor, before in zip(state, tensors, strict=True):
             tensor.copy_(before)
 
-    def _autocast(self, precision: str) -> contextlib.AbstractContextManager:
-        if precision == "fp32":
-            return contextlib.nullcontext()
-        return torch.autocast(self.device.type, torch.bfloat16)
+    @contextlib.contextmanager
+    def _computing(self, precision: str) -> Iterator[None]:
+        """Around the networks: autocast, and an error where compiling would be given up."""
+        with contextlib.ExitStack() as stack:
+            if precision != "fp32":
+                stack.enter_context(torch.autocast(self.device.type, torch.bfloat16))
+            if self.compiled:
+                stack.enter_context(
+                    torch._dynamo.config.patch(
+                        recompile_limit=_MOST_COMPILED, fail_on_recompile_limit_hit=True
+                    )
+                )
+            yield

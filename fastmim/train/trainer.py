@@ -135,10 +135,12 @@ class Trainer:
         check_options(self.method, recipe, efficiency.teacher_once)
         if efficiency.compile:
             check_compiler(self.device)
+        part = max(recipe.batch_size // self.world.size, 1)  # a remainder is the loader's error
+        micro_batch = efficiency.micro_batch and min(efficiency.micro_batch, part)
         self.loader = PretrainLoader(
             self.source,
             batch_size=recipe.batch_size,
-            micro_batch=efficiency.micro_batch,
+            micro_batch=micro_batch,
             image_size=image_size,
             seed=recipe.seed,
             augmentation=Augmentation(
