@@ -15,6 +15,7 @@ of Triton, it fails on kernels that do not compile, all of which it names, and o
 import argparse
 import functools
 import importlib
+import multiprocessing
 import os
 import pkgutil
 import re
@@ -23,6 +24,7 @@ import sys
 import tempfile
 import textwrap
 from collections.abc import Iterator
+from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 from typing import NamedTuple
 from unittest import mock
@@ -182,13 +184,26 @@ def worst(usages: list[Usage]) -> Usage:
     )
 
 
-def measure(failures: list[str] | None = None) -> Table:
+def measure() -> tuple[Table, list[str]]:
     """Usage of every kernel at every real shape of the operators that launch it.
 
-    Args:
-        failures: Takes a line for each configuration that does not compile; None: the first raises.
+    Returns:
+        The table, and a line for each configuration that does not compile.
     """
     table: Table = {}
+    failures: list[str] = []
+    with ProcessPoolExecutor(os.cpu_count(), multiprocessing.get_context("spawn")) as processes:
+        for found, failed in processes.map(measured_on, ARCHITECTURES):
+            failures += failed
+            for key, resources in found.items():
+                table.setdefault(key, []).append(resources)
+    return table, failures
+
+
+def measured_on(architecture: int) -> tuple[dict[tuple[str, str], Usage], list[str]]:
+    """The part of :func:`measure` of one architecture."""
+    table: dict[tuple[str, str], Usage] = {}
+    failures: list[str] = []
     for op in OPS.values():
         if "triton" not in op.backends:
             continue
@@ -202,22 +217,19 @@ def measure(failures: list[str] | None = None) -> Table:
                     configuration += f" {str(dtype).removeprefix('torch.')}"
                 elif dtype != DTYPES[0]:
                     continue
-                for architecture in ARCHITECTURES:
-                    launches: dict[str, list[Usage]] = {}
-                    try:
-                        built = launched(op.implementation("triton"), args, architecture)
-                    except Exception as error:  # whatever a compiler raises
-                        if failures is None:
-                            raise
-                        last = (str(error).strip().splitlines() or [""])[-1]
-                        where = f"{configuration} sm_{architecture}"
-                        failures.append(f"{where}: {type(error).__name__}: {last}")
-                        continue
-                    for name, binary in built:
-                        launches.setdefault(name, []).append(usage(binary))
-                    for name, usages in launches.items():
-                        table.setdefault((name, configuration), []).append(worst(usages))
-    return table
+                try:
+                    built = launched(op.implementation("triton"), args, architecture)
+                except Exception as error:  # whatever a compiler raises
+                    last = (str(error).strip().splitlines() or [""])[-1]
+                    where = f"{configuration} sm_{architecture}"
+                    failures.append(f"{where}: {type(error).__name__}: {last}")
+                    continue
+                launches: dict[str, list[Usage]] = {}
+                for name, binary in built:
+                    launches.setdefault(name, []).append(usage(binary))
+                for name, usages in launches.items():
+                    table[name, configuration] = worst(usages)
+    return table, failures
 
 
 def render(table: Table) -> str:
@@ -289,18 +301,15 @@ def main() -> int:
         "--compile-only", action="store_true", help="for any Triton: only failures and spills"
     )
     options = parser.parse_args()
-    if options.compile_only:
-        wrong: list[str] = []
-        table = measure(wrong)
+    table, wrong = measure()
+    if options.compile_only or wrong:
         wrong += unlaunched(table) + spills(table)
-        print("\n".join(wrong))
-        print(f"triton {triton.__version__}: {len(table)} configurations, {len(wrong)} problems")
-        return bool(wrong)
-    table = measure()
-    if options.write:
-        options.write.write_text(render(table))
-    wrong = problems(table, (options.write or TABLE).read_text())
-    print("\n".join([render(table), *wrong]))
+    else:
+        if options.write:
+            options.write.write_text(render(table))
+        wrong += problems(table, (options.write or TABLE).read_text())
+        print(render(table))
+    print("\n".join(wrong))
     print(f"triton {triton.__version__}: {len(table)} configurations, {len(wrong)} problems")
     return bool(wrong)
 
