@@ -48,9 +48,12 @@ def test_every_program_has_the_loss_and_gradients_of_plain_pytorch(name, method)
     assert error(program, of) <= steps._TOLERANCE[of.dtype]
     program.student.zero_grad(set_to_none=True)
     before = {n: p.detach().clone() for n, p in program.student.named_parameters()}
+    initial = of.weights(0)
     program.step(of.batches()[0])
     for parameter, value in program.student.named_parameters():
         assert torch.equal(value, before[parameter]) == (not value.requires_grad), parameter
+    for parameter, value in of.weights(0).items():  # the next program starts from the same
+        assert torch.equal(value, initial[parameter]), parameter
 
 
 @pytest.mark.parametrize("name", ["compiled", "fastmim-compiled"])

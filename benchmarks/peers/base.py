@@ -87,8 +87,9 @@ class Case:
         return Recipe(model=self.model, batch_size=self.batch, epochs=1, warmup_epochs=0)
 
     def weights(self, seed: int) -> dict[str, Tensor]:
-        """Initial weights by their published names."""
-        return _weights(self.model, self.target, seed)
+        """Initial weights by their published names; the caller's own, to train if it likes."""
+        made = _weights(self.model, self.target, seed)
+        return {name: tensor.clone() for name, tensor in made.items()}
 
     def batches(self) -> list[Batch]:
         size = self.sizes["img_size"]
