@@ -103,7 +103,10 @@ def out_of_memory(error: BaseException) -> bool:
     """Whether an error says that memory is exhausted, of a GPU or of the host."""
     if isinstance(error, torch.OutOfMemoryError | MemoryError):
         return True
-    return isinstance(error, RuntimeError) and "can't allocate memory" in str(error)
+    text = str(error)
+    # Through PyTorch's stable ABI a C++ kernel hears that an allocation failed, but not why.
+    unnamed = "API call failed" in text and ("aten::empty" in text or "aten::new_empty" in text)
+    return isinstance(error, RuntimeError) and ("can't allocate memory" in text or unnamed)
 
 
 def unless_out_of_memory(function: Callable[..., Result], *args) -> Result | None:
