@@ -57,23 +57,41 @@ struct Product {
       for (int j = 0; j < VECTORS; ++j) V::store(c + i * m.c_row + j * W, sums[i][j]);
   }
 
+  // Sums, a row of b and a value of a fill the registers: 32 with AVX-512, else 16.
+  template <int VECTORS>
+  static constexpr int MOST = W < 16 ? 12 / VECTORS : VECTORS < 3 ? 12 : VECTORS == 3 ? 8 : 6;
+
+  // `count` tiles of `size` rows from `row` on, of at most ROWS and at least half of MOST or one.
+  template <int VECTORS, int ROWS>
+  FASTMIM_INLINE static void tiles(const Matrices& m, int64_t row, int64_t count, int64_t size,
+                                   int64_t column) {
+    if (size == ROWS) {
+      for (; count > 0; --count, row += ROWS) tile<ROWS, VECTORS>(m, row, column);
+    } else if constexpr (ROWS > MOST<VECTORS> / 2) {
+      tiles<VECTORS, ROWS - 1>(m, row, count, size, column);
+    } else {
+      for (const int64_t end = row + count * size; row < end; ++row) tile<1, VECTORS>(m, row, column);
+    }
+  }
+
+  // In as few tiles as can be, of nearly the same size: those of one or two rows would spend their
+  // time waiting for their sums.
   template <int VECTORS>
   FASTMIM_INLINE static void panel(const Matrices& m, int64_t column) {
-    // Sums, a row of b and a value of a fill the registers: 32 with AVX-512, else 16.
-    constexpr int ROWS = W < 16 ? 12 / VECTORS : VECTORS < 3 ? 12 : VECTORS == 3 ? 8 : 6;
-    constexpr int FEWER = std::min(ROWS / 2, 4);
-    int64_t row = 0;
-    for (; row + ROWS <= m.rows; row += ROWS) tile<ROWS, VECTORS>(m, row, column);
-    for (; row + FEWER <= m.rows; row += FEWER) tile<FEWER, VECTORS>(m, row, column);
-    for (; row < m.rows; ++row) tile<1, VECTORS>(m, row, column);
+    const int64_t count = (m.rows + MOST<VECTORS> - 1) / MOST<VECTORS>;
+    if (count == 0) return;
+    const int64_t size = m.rows / count, longer = m.rows % count;
+    for (const bool one_more : {true, false})
+      tiles<VECTORS, MOST<VECTORS>>(m, one_more ? 0 : longer * (size + 1),
+                                    one_more ? longer : count - longer, size + one_more, column);
   }
 
   FASTMIM_INLINE static void run(const Matrices& m) {
-    constexpr int MOST = W < 16 ? 2 : 4;
+    constexpr int VECTORS = W < 16 ? 2 : 4;
     int64_t column = 0;
-    for (; column + MOST * W <= m.columns; column += MOST * W) panel<MOST>(m, column);
+    for (; column + VECTORS * W <= m.columns; column += VECTORS * W) panel<VECTORS>(m, column);
     const int64_t left = (m.columns - column) / W;
-    if constexpr (MOST == 4) {
+    if constexpr (VECTORS == 4) {
       if (left == 3) panel<3>(m, column);
       if (left == 2) panel<2>(m, column);
     }
@@ -218,12 +236,13 @@ struct ForwardHeads {
       const int64_t most = V::padded(s.queries), width = V::padded(s.width);
       Scratch scratch(Scratch::round(s.width * most) + Scratch::round(s.keys * most) +
                       2 * Scratch::round(s.keys * width) + Scratch::round(most * width) +
-                      Scratch::round(most));
+                      2 * Scratch::round(most));
       float* const q = scratch.take(s.width * most);
       float* const scores = scratch.take(s.keys * most);
       float* const k_scratch = scratch.take(s.keys * width);
       float* const v_scratch = scratch.take(s.keys * width);
       float* const out_scratch = scratch.take(most * width);
+      float* const highest = scratch.take(most);
       float* const whole = scratch.take(most);
       for (int64_t task = begin; task < end; ++task) {
         const Head head(s, task);
@@ -233,11 +252,12 @@ struct ForwardHeads {
         call<Product, W>(
             Matrices{k.first, k.stride, 1, q, queries, n, s.width, queries, scores, queries});
         float* const lse = args.lse + head.lse;
-        for (int64_t i = 0; i < queries; i += W) {
-          const auto highest = softmax<W>(scores + i, n, queries, whole + i);
-          for (int64_t lane = 0; lane < std::min<int64_t>(W, m - i); ++lane)
-            lse[i + lane] = highest[lane] + std::log(whole[i + lane]);
-        }
+        int64_t i = 0;
+        for (; i + 2 * W <= queries; i += 2 * W)
+          softmax<V, Pair<typename V::Float>>(scores + i, n, queries, highest + i, whole + i);
+        if (i < queries)
+          softmax<V, typename V::Float>(scores + i, n, queries, highest + i, whole + i);
+        for (i = 0; i < m; ++i) lse[i] = highest[i] + std::log(whole[i]);
         const ConstRows v = read_rows<W>(args.kv + head.v, s.kv_row(), n, s.width, v_scratch);
         T* const to = args.out + head.out;
         const Rows out = begin_rows<W>(to, s.row(1), s.width, out_scratch);
@@ -248,30 +268,29 @@ struct ForwardHeads {
     }
   };
 
-  // Scores of W queries, one column each, to probabilities. Writes the sums of their exponentials
-  // and returns the highest scores.
-  template <int W>
-  static FASTMIM_INLINE typename Vector<W>::Float softmax(float* scores, int64_t keys,
-                                                          int64_t stride, float* whole) {
-    using V = Vector<W>;
-    using Float = typename V::Float;
-    Float highest = V::load(scores);
-    for (int64_t j = 1; j < keys; ++j) highest = V::max(V::load(scores + j * stride), highest);
-    Float sum{};
+  // Scores of a vector or a pair of queries, one column each, to probabilities. Writes the highest
+  // scores and the sums of the exponentials.
+  template <typename V, typename X>
+  static FASTMIM_INLINE void softmax(float* scores, int64_t keys, int64_t stride, float* top,
+                                     float* whole) {
+    X highest = V::template load_as<X>(scores);
+    for (int64_t j = 1; j < keys; ++j)
+      highest = V::max(V::template load_as<X>(scores + j * stride), highest);
+    X sum{};
     for (int64_t first = 0; first < keys; first += GROUP) {
-      Float part{};
+      X part{};
       for (int64_t j = first; j < std::min(keys, first + GROUP); ++j) {
-        const Float p = V::exp(V::load(scores + j * stride) - highest);
-        part += p;
+        const X p = V::exp(V::template load_as<X>(scores + j * stride) - highest);
+        part = part + p;
         V::store(scores + j * stride, p);
       }
-      sum += part;
+      sum = sum + part;
     }
+    V::store(top, highest);
     V::store(whole, sum);
-    const Float inverse = 1.0f / sum;
+    const X inverse = 1.0f / sum;
     for (int64_t j = 0; j < keys; ++j)
-      V::store(scores + j * stride, V::load(scores + j * stride) * inverse);
-    return highest;
+      V::store(scores + j * stride, V::template load_as<X>(scores + j * stride) * inverse);
   }
 };
 
@@ -312,8 +331,11 @@ struct BackwardHeads {
                                   grad_p, queries});
         std::copy(args.lse + head.lse, args.lse + head.lse + m, lse);
         std::fill(lse + m, lse + queries, 0.0f);
-        for (int64_t i = 0; i < queries; i += W)
-          softmax<W>(p + i, grad_p + i, n, queries, V::load(lse + i), args.scale);
+        int64_t i = 0;
+        for (; i + 2 * W <= queries; i += 2 * W)
+          softmax<V, Pair<typename V::Float>>(p + i, grad_p + i, n, queries, lse + i, args.scale);
+        if (i < queries)
+          softmax<V, typename V::Float>(p + i, grad_p + i, n, queries, lse + i, args.scale);
         const int64_t q_row = s.q_row(), kv_row = s.kv_row();
         write<W>(s, m, n, grad_p, 1, queries, k, result, args.grad_q + head.q, q_row);
         write<W>(s, n, m, grad_p, queries, 1, q, result, args.grad_kv + head.k, kv_row);
@@ -333,26 +355,25 @@ struct BackwardHeads {
     finish_rows(rows, count, s.width, to, stride);
   }
 
-  // Scores and the probabilities' gradients of W queries, one column each, to probabilities and
-  // `scale` times the scores' gradients.
-  template <int W>
+  // Scores and the probabilities' gradients of a vector or a pair of queries, one column each, to
+  // probabilities and `scale` times the scores' gradients.
+  template <typename V, typename X>
   static FASTMIM_INLINE void softmax(float* scores, float* grads, int64_t keys, int64_t stride,
-                                     typename Vector<W>::Float lse, float scale) {
-    using V = Vector<W>;
-    using Float = typename V::Float;
-    Float delta{};
+                                     const float* lse, float scale) {
+    const X shift = V::template load_as<X>(lse);
+    X delta{};
     for (int64_t first = 0; first < keys; first += GROUP) {
-      Float part{};
+      X part{};
       for (int64_t j = first; j < std::min(keys, first + GROUP); ++j) {
-        const Float p = V::exp(V::load(scores + j * stride) - lse);
-        part += p * V::load(grads + j * stride);
+        const X p = V::exp(V::template load_as<X>(scores + j * stride) - shift);
+        part = part + p * V::template load_as<X>(grads + j * stride);
         V::store(scores + j * stride, p);
       }
-      delta += part;
+      delta = delta + part;
     }
     for (int64_t j = 0; j < keys; ++j) {
-      const Float p = V::load(scores + j * stride) * scale;
-      V::store(grads + j * stride, p * (V::load(grads + j * stride) - delta));
+      const X p = V::template load_as<X>(scores + j * stride) * scale;
+      V::store(grads + j * stride, p * (V::template load_as<X>(grads + j * stride) - delta));
     }
   }
 };
@@ -374,8 +395,8 @@ auto for_element(ScalarType dtype, const F& f) {
 std::tuple<Tensor, Tensor> forward(const Tensor& q, const Tensor& kv, double scale,
                                    const Shape& shape, std::initializer_list<int64_t> sizes,
                                    std::initializer_list<int64_t> lse_sizes) {
-  Tensor out = torch::stable::new_empty(q, sizes);
-  Tensor lse = torch::stable::new_empty(q, lse_sizes, ScalarType::Float);
+  Tensor out = new_tensor(q, sizes);
+  Tensor lse = new_tensor(q, lse_sizes, ScalarType::Float);
   for_element(q.scalar_type(), [&](auto type) {
     using T = typename decltype(type)::type;
     const Forward<T> args{data<T>(q),           data<T>(kv), static_cast<float>(scale),
@@ -440,7 +461,7 @@ Tensor attention_backward_cpu(Tensor grad, Tensor qkv, Tensor out, Tensor lse, d
   const Checks checks{"attention_backward", "cpu"};
   const Shape s = check_packed(checks, qkv);
   qkv = packed(qkv);
-  Tensor grad_qkv = torch::stable::empty_like(qkv);
+  Tensor grad_qkv = new_like(qkv);
   backward(checks, grad, qkv, qkv, out, lse, scale, s, {s.sequences, s.queries, s.heads, s.width},
            {s.sequences, s.heads, s.queries}, grad_qkv, grad_qkv);
   return grad_qkv;
@@ -466,7 +487,7 @@ std::tuple<Tensor, Tensor> attention_queries_backward_cpu(Tensor grad, Tensor q,
   const Checks checks{"attention_queries_backward", "cpu"};
   const Shape s = check_apart(checks, q, kv);
   q = packed(q), kv = packed(kv);
-  Tensor grad_q = torch::stable::empty_like(q), grad_kv = torch::stable::empty_like(kv);
+  Tensor grad_q = new_like(q), grad_kv = new_like(kv);
   backward(checks, grad, q, kv, out, lse, scale, s, {s.sequences, s.queries, s.heads, s.width},
            {s.sequences, s.heads, s.queries}, grad_q, grad_kv);
   return {grad_q, grad_kv};
@@ -504,7 +525,7 @@ Tensor attention_varlen_backward_cpu(Tensor grad, Tensor qkv, Tensor out, Tensor
   const Checks checks{"attention_varlen_backward", "cpu"};
   qkv = packed(qkv), starts = packed(starts);
   const Shape s = check_varlen(checks, qkv, starts, longest);
-  Tensor grad_qkv = torch::stable::empty_like(qkv);
+  Tensor grad_qkv = new_like(qkv);
   backward(checks, grad, qkv, qkv, out, lse, scale, s, {s.rows, s.heads, s.width},
            {s.heads, s.rows}, grad_qkv, grad_qkv);
   return grad_qkv;

@@ -3,6 +3,7 @@
 
 #include "checks.h"
 #include "simd.h"
+#include "tensors.h"
 
 #include <torch/headeronly/util/BFloat16.h>
 #include <torch/headeronly/util/Half.h>

@@ -81,8 +81,8 @@ std::tuple<Tensor, Tensor> sample_masks_cpu(Tensor sample_ids, int64_t seed, int
                                             int64_t num_patches) {
   check_sample_masks(sample_ids, num_patches, "cpu");
   const int64_t images = sample_ids.size(0);
-  const Tensor ids_shuffle = torch::stable::new_empty(sample_ids, {images, num_patches});
-  const Tensor ids_restore = torch::stable::new_empty(sample_ids, {images, num_patches});
+  const Tensor ids_shuffle = new_tensor(sample_ids, {images, num_patches});
+  const Tensor ids_restore = new_tensor(sample_ids, {images, num_patches});
   const int64_t* const samples = data<int64_t>(sample_ids);
   const int64_t stride = sample_ids.stride(0);
   int64_t* const shuffle = mutable_data<int64_t>(ids_shuffle);

@@ -30,11 +30,32 @@ struct Backward {
   Target grad_x;
 };
 
+// The sum over a row of its differences from `mean`, or of their squares; in four sums side by side,
+// so that none waits for the one before.
+template <int W, bool SQUARED>
+FASTMIM_INLINE float sum_row(const float* row, int64_t width, float mean) {
+  using V = Vector<W>;
+  typename V::Float sums[4] = {};
+  int64_t d = 0;
+  for (; d + 4 * W <= width; d += 4 * W)
+#pragma GCC unroll 4
+    for (int j = 0; j < 4; ++j) {
+      const auto x = V::load(row + d + j * W) - mean;
+      sums[j] += SQUARED ? x * x : x;
+    }
+  for (; d + W <= width; d += W) {
+    const auto x = V::load(row + d) - mean;
+    sums[0] += SQUARED ? x * x : x;
+  }
+  float rest = 0.0f;
+  for (; d < width; ++d) rest += SQUARED ? (row[d] - mean) * (row[d] - mean) : row[d] - mean;
+  return V::sum((sums[0] + sums[1]) + (sums[2] + sums[3])) + rest;
+}
+
 template <int W>
 struct NormRows {
   static FASTMIM_INLINE void run(const Forward& args, int64_t begin, int64_t end) {
     using V = Vector<W>;
-    using Float = typename V::Float;
     const int64_t width = args.x.width, whole = width / W * W;
     Scratch scratch(3 * Scratch::round(width));
     float* const x_scratch = scratch.take(width);
@@ -45,26 +66,22 @@ struct NormRows {
       if (args.branch != nullptr) {
         const float* const branch = read_row(*args.branch, i, branch_scratch);
         float* const total = begin_row(args.total, i, x_scratch);
-        for (int64_t d = 0; d < width; ++d) total[d] = row[d] + branch[d];
+        for (int64_t d = 0; d < whole; d += W)
+          V::store(total + d, V::load(row + d) + V::load(branch + d));
+        for (int64_t d = whole; d < width; ++d) total[d] = row[d] + branch[d];
         finish_row(args.total, i, total);
         // the statistics are those of the stored values
         row = read_row({args.total.data, args.total.dtype, width}, i, x_scratch);
       }
-      Float sums{};
-      float rest = 0.0f;
-      for (int64_t d = 0; d < whole; d += W) sums += V::load(row + d);
-      for (int64_t d = whole; d < width; ++d) rest += row[d];
-      const float mean = (V::sum(sums) + rest) / static_cast<float>(width);
-      sums = Float{}, rest = 0.0f;
-      for (int64_t d = 0; d < whole; d += W) {
-        const Float centred = V::load(row + d) - mean;
-        sums += centred * centred;
-      }
-      for (int64_t d = whole; d < width; ++d) rest += (row[d] - mean) * (row[d] - mean);
-      const float variance = (V::sum(sums) + rest) / static_cast<float>(width);
+      const float count = static_cast<float>(width);
+      const float mean = sum_row<W, false>(row, width, 0.0f) / count;
+      const float variance = sum_row<W, true>(row, width, mean) / count;
       const float rstd = 1.0f / std::sqrt(variance + static_cast<float>(args.eps));
       float* const out = begin_row(args.out, i, out_scratch);
-      for (int64_t d = 0; d < width; ++d)
+      for (int64_t d = 0; d < whole; d += W)
+        V::store(out + d, (V::load(row + d) - mean) * rstd * V::load(args.weight + d) +
+                              V::load(args.bias + d));
+      for (int64_t d = whole; d < width; ++d)
         out[d] = (row[d] - mean) * rstd * args.weight[d] + args.bias[d];
       finish_row(args.out, i, out);
       args.mean[i] = mean;
@@ -76,52 +93,76 @@ struct NormRows {
 // sums: (2, width), of the weight's and the bias's gradient.
 template <int W>
 struct NormBackwardRows {
+  using V = Vector<W>;
+  using Float = typename V::Float;
+
   static FASTMIM_INLINE void run(const Backward& args, int64_t begin, int64_t end, float* sums) {
-    using V = Vector<W>;
-    using Float = typename V::Float;
-    const int64_t width = args.total.width, whole = width / W * W;
-    Scratch scratch(4 * Scratch::round(width));
-    float* const grad_scratch = scratch.take(width);
-    float* const total_scratch = scratch.take(width);
-    float* const grad_total_scratch = scratch.take(width);
-    float* const out_scratch = scratch.take(width);
-    float *const weight_sums = sums, *const bias_sums = sums + width;
-    for (int64_t i = begin; i < end; ++i) {
-      const float* const grad = read_row(args.grad, i, grad_scratch);
-      const float* const row = read_row(args.total, i, total_scratch);
-      const float mean = args.mean[i], rstd = args.rstd[i];
-      float* const out = begin_row(args.grad_x, i, out_scratch);
-      Float sum{}, along{};
-      float sum_rest = 0.0f, along_rest = 0.0f;
+    constexpr int ROWS = W == 16 ? 4 : 2;  // as many as the registers hold
+    Scratch scratch((3 * ROWS + 1) * Scratch::round(args.total.width));
+    float* const memory = scratch.take(0);
+    for (; begin + ROWS <= end; begin += ROWS) rows<ROWS>(args, begin, memory, sums);
+    for (; begin < end; ++begin) rows<1>(args, begin, memory, sums);
+  }
+
+  // ROWS rows from `first` on: once for their sums and those over rows, once more for the result.
+  template <int ROWS>
+  static FASTMIM_INLINE void rows(const Backward& args, int64_t first, float* scratch,
+                                  float* weight_sums) {
+    const int64_t width = args.total.width, whole = width / W * W, step = Scratch::round(width);
+    float* const bias_sums = weight_sums + width;
+    const float *grad[ROWS], *row[ROWS];
+    float* out[ROWS];
+    float mean[ROWS], rstd[ROWS], rest[ROWS] = {}, rest_along[ROWS] = {};
+    for (int r = 0; r < ROWS; ++r) {
+      grad[r] = read_row(args.grad, first + r, scratch + (3 * r) * step);
+      row[r] = read_row(args.total, first + r, scratch + (3 * r + 1) * step);
+      out[r] = begin_row(args.grad_x, first + r, scratch + (3 * r + 2) * step);
+      mean[r] = args.mean[first + r], rstd[r] = args.rstd[first + r];
+    }
+    Float sum[ROWS] = {}, along[ROWS] = {};
+    for (int64_t d = 0; d < whole; d += W) {
+      const Float weight = V::load(args.weight + d);
+      Float for_weight = V::load(weight_sums + d), for_bias = V::load(bias_sums + d);
+#pragma GCC unroll 4
+      for (int r = 0; r < ROWS; ++r) {
+        const Float unit = (V::load(row[r] + d) - mean[r]) * rstd[r], g = V::load(grad[r] + d);
+        const Float scaled = g * weight;
+        sum[r] += scaled;
+        along[r] += scaled * unit;
+        V::store(out[r] + d, scaled);
+        for_weight += g * unit;
+        for_bias += g;
+      }
+      V::store(weight_sums + d, for_weight);
+      V::store(bias_sums + d, for_bias);
+    }
+    for (int64_t d = whole; d < width; ++d)
+      for (int r = 0; r < ROWS; ++r) {
+        const float unit = (row[r][d] - mean[r]) * rstd[r], g = grad[r][d];
+        out[r][d] = g * args.weight[d];
+        rest[r] += out[r][d];
+        rest_along[r] += out[r][d] * unit;
+        weight_sums[d] += g * unit;
+        bias_sums[d] += g;
+      }
+    for (int r = 0; r < ROWS; ++r) {
+      const float mean_sum = (V::sum(sum[r]) + rest[r]) / static_cast<float>(width);
+      const float mean_along = (V::sum(along[r]) + rest_along[r]) / static_cast<float>(width);
       for (int64_t d = 0; d < whole; d += W) {
-        const Float unit = (V::load(row + d) - mean) * rstd;
-        const Float g = V::load(grad + d);
-        const Float scaled = g * V::load(args.weight + d);
-        sum += scaled;
-        along += scaled * unit;
-        V::store(out + d, scaled);
-        V::store(weight_sums + d, V::load(weight_sums + d) + g * unit);
-        V::store(bias_sums + d, V::load(bias_sums + d) + g);
+        const Float unit = (V::load(row[r] + d) - mean[r]) * rstd[r];
+        V::store(out[r] + d, (V::load(out[r] + d) - mean_sum - unit * mean_along) * rstd[r]);
       }
       for (int64_t d = whole; d < width; ++d) {
-        const float unit = (row[d] - mean) * rstd;
-        out[d] = grad[d] * args.weight[d];
-        sum_rest += out[d];
-        along_rest += out[d] * unit;
-        weight_sums[d] += grad[d] * unit;
-        bias_sums[d] += grad[d];
-      }
-      const float mean_sum = (V::sum(sum) + sum_rest) / static_cast<float>(width);
-      const float mean_along = (V::sum(along) + along_rest) / static_cast<float>(width);
-      for (int64_t d = 0; d < width; ++d) {
-        const float unit = (row[d] - mean) * rstd;
-        out[d] = (out[d] - mean_sum - unit * mean_along) * rstd;
+        const float unit = (row[r][d] - mean[r]) * rstd[r];
+        out[r][d] = (out[r][d] - mean_sum - unit * mean_along) * rstd[r];
       }
       if (args.grad_total != nullptr) {
-        const float* const direct = read_row(*args.grad_total, i, grad_total_scratch);
-        for (int64_t d = 0; d < width; ++d) out[d] += direct[d];
+        const float* const direct = read_row(*args.grad_total, first + r, scratch + 3 * ROWS * step);
+        for (int64_t d = 0; d < whole; d += W)
+          V::store(out[r] + d, V::load(out[r] + d) + V::load(direct + d));
+        for (int64_t d = whole; d < width; ++d) out[r][d] += direct[d];
       }
-      finish_row(args.grad_x, i, out);
+      finish_row(args.grad_x, first + r, out[r]);
     }
   }
 };
@@ -154,10 +195,10 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> norm_cpu(Tensor x, std::optional<Tens
   weight = of_dtype(weight, ScalarType::Float), bias = of_dtype(bias, ScalarType::Float);
   Source branch_rows{};
   if (branch) branch_rows = source(*(branch = packed(*branch)));
-  Tensor out = torch::stable::new_empty(x, x.sizes(), dtype);
-  Tensor total = branch ? torch::stable::empty_like(x) : torch::stable::new_empty(x, {0});
-  Tensor mean = torch::stable::new_empty(x, leading(x), ScalarType::Float);
-  Tensor rstd = torch::stable::empty_like(mean);
+  Tensor out = new_tensor(x, x.sizes(), dtype);
+  Tensor total = branch ? new_like(x) : new_tensor(x, {0});
+  Tensor mean = new_tensor(x, leading(x), ScalarType::Float);
+  Tensor rstd = new_like(mean);
   const Forward args{source(x),
                      branch ? &branch_rows : nullptr,
                      data<float>(weight),
@@ -194,7 +235,7 @@ std::tuple<Tensor, Tensor, Tensor> norm_backward_cpu(Tensor grad, std::optional<
   const Tensor scale = of_dtype(weight, ScalarType::Float);
   Source direct{};
   if (grad_total) direct = source(*(grad_total = packed(*grad_total)));
-  Tensor grad_x = torch::stable::empty_like(total);
+  Tensor grad_x = new_like(total);
   const Backward args{source(grad),       grad_total ? &direct : nullptr, source(total),
                       data<float>(mean),  data<float>(rstd),              data<float>(scale),
                       target(grad_x)};

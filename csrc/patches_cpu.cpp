@@ -140,7 +140,7 @@ Tensor gather_patches_cpu(Tensor imgs, Tensor ids, int64_t patch_size, std::opti
   check_gather_patches(imgs, ids, patch_size, scale, shift, dtype, "cpu");
   const Ids positions("gather_patches", "ids", ids, count_patches(imgs, patch_size));
   const int64_t images = imgs.size(0), kept = ids.size(1);
-  const Tensor out = torch::stable::new_empty(
+  const Tensor out = new_tensor(
       imgs, {images, kept, imgs.size(1) * patch_size * patch_size}, dtype);
   for_pixels(imgs.scalar_type(), [&](auto pixel_type) {
     for_floating(dtype, [&](auto out_type) {
@@ -293,7 +293,7 @@ Terms add_rows(const Patches<S>& patches, bool norm_pix, const P* pred, const P*
 }
 
 Tensor scalar(const Tensor& like, double value, ScalarType dtype) {
-  const Tensor out = torch::stable::new_empty(like, {}, dtype);
+  const Tensor out = new_tensor(like, {}, dtype);
   if (dtype == ScalarType::Double)
     *mutable_data<double>(out) = value;
   else
@@ -310,7 +310,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> patch_loss_cpu(
   const int64_t kept = ids.size(1), rows = imgs.size(0) * kept;
   const auto count = static_cast<double>(std::max<int64_t>(pred.numel(), 1));
   const Tensor direction =
-      torch::stable::new_empty(pred, {pred.size(0), pred.size(1), pred.size(2)});
+      new_tensor(pred, {pred.size(0), pred.size(1), pred.size(2)});
   const Tensor students = packed(pred);
   const Tensor teachers = teacher_pred ? packed(*teacher_pred) : students;
   const Terms sum = for_pixels(imgs.scalar_type(), [&](auto pixel_type) {

@@ -104,7 +104,7 @@ std::vector<float> sum_over_rows(int64_t rows, int64_t count, int64_t cost, cons
 
 // A (width) tensor like `like` from floats.
 inline Tensor vector_like(const Tensor& like, const float* values) {
-  Tensor out = torch::stable::empty_like(like);
+  Tensor out = new_like(like);
   const Target to = target(out);
   std::copy_n(values, to.width, begin_row(to, 0, const_cast<float*>(values)));
   finish_row(to, 0, values);

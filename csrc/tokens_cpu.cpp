@@ -46,7 +46,7 @@ Tensor gather_tokens_cpu(Tensor x, Tensor ids) {
   const Ids positions("gather_tokens", "ids", ids, x.size(1));
   const Tokens tokens(x);
   const int64_t kept = ids.size(1), bytes = tokens.bytes();
-  const Tensor out = torch::stable::new_empty(x, {x.size(0), kept, x.size(2)});
+  const Tensor out = new_tensor(x, {x.size(0), kept, x.size(2)});
   char* const rows = mutable_data<char>(out);
   in_parallel(x.size(0) * kept, tokens.width(), [&](int64_t begin, int64_t end) {
     for (int64_t i = begin; i < end; ++i)
@@ -88,7 +88,7 @@ Tensor restore(const Tensor& x, const Tensor& mask_token, const Ids& ranks, cons
   using Out = Promoted<X, P>;
   const Tokens tokens(x);
   const int64_t width = tokens.width(), present = x.size(1);
-  const Tensor out = torch::stable::new_empty(
+  const Tensor out = new_tensor(
       x, {x.size(0), num_tokens, width}, torch::headeronly::CppTypeToScalarType<Out>::value);
   const Tensor mask = of_dtype(mask_token, x.scalar_type());
   const Tensor positions = packed(pos_embed);
@@ -180,8 +180,8 @@ std::tuple<Tensor, Tensor> restore_tokens_backward_cpu(Tensor grad, Tensor ids_s
   const Ids positions("restore_tokens_backward", "ids_shuffle", ids_shuffle, n);
   const Tokens tokens(grad);
   const int64_t present = num_visible + 1, bytes = tokens.bytes();
-  const Tensor grad_x = torch::stable::new_empty(grad, {images, present, width});
-  const Tensor grad_mask = torch::stable::new_empty(grad, {1, 1, width});
+  const Tensor grad_x = new_tensor(grad, {images, present, width});
+  const Tensor grad_mask = new_tensor(grad, {1, 1, width});
   char* const rows = mutable_data<char>(grad_x);
   in_parallel(images * present, width, [&](int64_t begin, int64_t end) {
     for (int64_t i = begin; i < end; ++i) {

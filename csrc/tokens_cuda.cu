@@ -5,6 +5,7 @@
 #include <cassert>
 
 #include "cuda_stream.h"
+#include "tensors.h"
 
 namespace {
 
@@ -78,7 +79,7 @@ Tensor copy_tokens(const char* op, const Tensor& strided_x, const Tensor& stride
   const int64_t B = x.size(0), D = x.size(2), K = ids.size(1);
   const int32_t device = x.get_device_index();
   const torch::stable::accelerator::DeviceGuard guard(device);
-  const Tensor out = torch::stable::new_empty(x, std::vector<int64_t>{B, SCATTER ? N : K, D});
+  const Tensor out = new_tensor(x, std::vector<int64_t>{B, SCATTER ? N : K, D});
   const cudaStream_t stream = current_stream(device);
   const Rows rows{static_cast<const char*>(x.const_data_ptr()),
                   static_cast<const int64_t*>(ids.const_data_ptr()),

@@ -77,6 +77,49 @@ void wide(Args&&... args) {
   ForEachWidth<Kernel>::baseline(args...);
 }
 
+// Two values computed side by side. A chain of dependent operations leaves the arithmetic units
+// waiting, and the next vector's chain is further ahead than a processor looks.
+template <typename T>
+struct Pair {
+  T first, second;
+};
+template <typename T>
+FASTMIM_INLINE Pair<T> operator+(Pair<T> a, Pair<T> b) {
+  return {a.first + b.first, a.second + b.second};
+}
+template <typename T>
+FASTMIM_INLINE Pair<T> operator-(Pair<T> a, Pair<T> b) {
+  return {a.first - b.first, a.second - b.second};
+}
+template <typename T>
+FASTMIM_INLINE Pair<T> operator*(Pair<T> a, Pair<T> b) {
+  return {a.first * b.first, a.second * b.second};
+}
+template <typename T>
+FASTMIM_INLINE Pair<T> operator/(Pair<T> a, Pair<T> b) {
+  return {a.first / b.first, a.second / b.second};
+}
+template <typename T>
+FASTMIM_INLINE Pair<T> operator+(Pair<T> a, float b) {
+  return {a.first + b, a.second + b};
+}
+template <typename T>
+FASTMIM_INLINE Pair<T> operator-(Pair<T> a, float b) {
+  return {a.first - b, a.second - b};
+}
+template <typename T>
+FASTMIM_INLINE Pair<T> operator-(float a, Pair<T> b) {
+  return {a - b.first, a - b.second};
+}
+template <typename T>
+FASTMIM_INLINE Pair<T> operator*(Pair<T> a, float b) {
+  return {a.first * b, a.second * b};
+}
+template <typename T>
+FASTMIM_INLINE Pair<T> operator/(float a, Pair<T> b) {
+  return {a / b.first, a / b.second};
+}
+
 template <int W>
 struct Vector {
   using Float = typename Lanes<W>::Float;
@@ -93,54 +136,96 @@ struct Vector {
 
   FASTMIM_INLINE static void store(float* p, Float x) { std::memcpy(p, &x, sizeof(x)); }
 
+  FASTMIM_INLINE static Pair<Float> load_pair(const float* p) { return {load(p), load(p + W)}; }
+
+  // A vector or a pair.
+  template <typename X>
+  FASTMIM_INLINE static X load_as(const float* p) {
+    if constexpr (sizeof(X) == sizeof(Float))
+      return load(p);
+    else
+      return load_pair(p);
+  }
+
+  FASTMIM_INLINE static void store(float* p, Pair<Float> x) {
+    store(p, x.first);
+    store(p + W, x.second);
+  }
+
   FASTMIM_INLINE static Float all(float x) { return all(x, std::make_integer_sequence<int, W>()); }
 
   FASTMIM_INLINE static Float max(Float a, Float b) { return a > b ? a : b; }
 
+  template <typename T>
+  FASTMIM_INLINE static Pair<T> max(Pair<T> a, Pair<T> b) {
+    return {max(a.first, b.first), max(a.second, b.second)};
+  }
+
   FASTMIM_INLINE static float sum(Float x) {
-    float lanes[W];
-    store(lanes, x);
-    for (int half = W / 2; half > 0; half /= 2)
-      for (int i = 0; i < half; ++i) lanes[i] += lanes[i + half];
-    return lanes[0];
+    if constexpr (W == 4) {
+      return (x[0] + x[2]) + (x[1] + x[3]);
+    } else {
+      typename Lanes<W / 2>::Float halves[2];
+      std::memcpy(halves, &x, sizeof(x));
+      return Vector<W / 2>::sum(halves[0] + halves[1]);
+    }
   }
 
-  FASTMIM_INLINE static float largest(Float x) {
-    float lanes[W];
-    store(lanes, x);
-    for (int half = W / 2; half > 0; half /= 2)
-      for (int i = 0; i < half; ++i) lanes[i] = std::max(lanes[i], lanes[i + half]);
-    return lanes[0];
+  // `yes` where x is below `bound`, else `no`; `no` for NaN.
+  FASTMIM_INLINE static Float where_below(Float x, float bound, Float yes, Float no) {
+    return x < bound ? yes : no;
   }
 
-  // e^x to 2 ulp for x up to 88; 0 below -87, where e^x becomes denormal.
-  FASTMIM_INLINE static Float exp(Float x) {
-    constexpr float ROUND = 12582912.0f;  // 1.5 * 2^23: a sum with it is rounded to an integer
-    const Float shifted = x * 1.44269504f + ROUND;
-    const Float n = shifted - ROUND;
-    const Float r = (x - n * 0.693145752f) - n * 1.42860677e-6f;  // x - n ln 2, within +-0.35
-    Float p = all(0.00139517053f);  // (e^r - 1 - r) / r^2, fitted: relative error 4e-9
-    p = p * r + 0.00836959015f;
-    p = p * r + 0.0416661875f;
-    p = p * r + 0.16666513f;
-    p = p * r + 0.50000001f;
-    p = p * (r * r) + r + 1.0f;
-    const Bits exponent = (std::bit_cast<Bits>(shifted) - std::bit_cast<uint32_t>(ROUND)) << 23;
-    const Float scaled = std::bit_cast<Float>(std::bit_cast<Bits>(p) + exponent);
-    // The payload of a NaN would have become an exponent.
-    return x != x ? x : x < -87.0f ? Float{} : scaled;
+  FASTMIM_INLINE static Float where_below(Float x, float bound, float yes, Float no) {
+    return x < bound ? all(yes) : no;
+  }
+
+  template <typename T>
+  FASTMIM_INLINE static Pair<T> where_below(Pair<T> x, float bound, Pair<T> yes, Pair<T> no) {
+    return {where_below(x.first, bound, yes.first, no.first),
+            where_below(x.second, bound, yes.second, no.second)};
+  }
+
+  template <typename T>
+  FASTMIM_INLINE static Pair<T> where_below(Pair<T> x, float bound, float yes, Pair<T> no) {
+    return {where_below(x.first, bound, yes, no.first),
+            where_below(x.second, bound, yes, no.second)};
+  }
+
+  // e^x to 2 ulp for x up to 88; 0 below -87, where e^x becomes denormal. Of a vector, or of pairs.
+  template <typename X>
+  FASTMIM_INLINE static X exp(X x) {
+    const X shifted = x * 1.44269504f + ROUND;
+    const X n = shifted - ROUND;
+    const X r = (x - n * 0.693145752f) - n * 1.42860677e-6f;  // x - n ln 2, within +-0.35
+    // (e^r - 1 - r) / r^2, fitted: relative error 4e-9
+    constexpr float p[] = {0.50000001f, 0.16666513f, 0.0416661875f, 0.00836959015f, 0.00139517053f};
+    return where_below(x, -87.0f, 0.0f, (polynomial(p, r) * (r * r) + r + 1.0f) * power(shifted));
   }
 
   // coefficients[0] + coefficients[1] x + ...
-  template <size_t COUNT>
-  FASTMIM_INLINE static Float polynomial(const float (&coefficients)[COUNT], Float x) {
-    Float sum = all(coefficients[COUNT - 1]);
+  template <size_t COUNT, typename X>
+  FASTMIM_INLINE static X polynomial(const float (&coefficients)[COUNT], X x) {
+    X sum = x * coefficients[COUNT - 1] + coefficients[COUNT - 2];
 #pragma GCC unroll 16
-    for (size_t i = COUNT - 1; i > 0; --i) sum = sum * x + coefficients[i - 1];
+    for (size_t i = COUNT - 2; i > 0; --i) sum = sum * x + coefficients[i - 1];
     return sum;
   }
 
  private:
+  static constexpr float ROUND = 12582912.0f;  // 1.5 * 2^23: a sum with it is rounded to an integer
+
+  // 2^n from n + ROUND, of n within +-126.
+  FASTMIM_INLINE static Float power(Float shifted) {
+    constexpr uint32_t OFFSET = std::bit_cast<uint32_t>(ROUND) - 127;
+    return std::bit_cast<Float>((std::bit_cast<Bits>(shifted) - OFFSET) << 23);
+  }
+
+  template <typename T>
+  FASTMIM_INLINE static Pair<T> power(Pair<T> shifted) {
+    return {power(shifted.first), power(shifted.second)};
+  }
+
   // A shuffle: of anything else, GCC makes a chain of insertions for vectors wider than those of
   // the baseline.
   template <int... lane>
