@@ -1,14 +1,18 @@
 """Checks that every operator passes on every backend; a new operator joins by being in OPS."""
 
 import copy
+import ctypes
 import os
+import platform
 import subprocess
 import sys
 
 import pytest
 import torch
 from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from torch.autograd.gradcheck import GradcheckError
+from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves, tree_map
 
 from fastmim.ops import (
@@ -42,6 +46,7 @@ from tests.operators import (
 
 FULL_GRADCHECK = 150  # inputs up to which every entry of the Jacobian is compared
 GUARD = 77  # a value of every dtype
+M_PERTURB = -6  # of <malloc.h>: fill new memory with the complement of a byte
 MARGIN = 4096  # elements around a guarded tensor: more than a tile
 
 # Backends that take float32 in small shapes alone, tested in bfloat16 instead.
@@ -79,14 +84,27 @@ def test_every_operator_takes_part_in_every_check(op):
 
 
 @pytest.fixture
-def nan_filled_outputs():
-    """PyTorch fills new memory with NaN (integers: the largest) in deterministic mode."""
+def filled_outputs():
+    """New memory is no zeros: NaN by PyTorch's deterministic mode, 3e38 where C++ allocates it."""
+    set_malloc = getattr(ctypes.CDLL(None), "mallopt", None)  # of glibc
     torch.use_deterministic_algorithms(True, warn_only=True)
+    if set_malloc is not None:
+        set_malloc(M_PERTURB, 0x80)
     yield
+    if set_malloc is not None:
+        set_malloc(M_PERTURB, 0)
     torch.use_deterministic_algorithms(False)
 
 
-@pytest.mark.usefixtures("nan_filled_outputs")
+@pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="another malloc")
+@pytest.mark.usefixtures("filled_outputs")
+def test_new_memory_is_filled():
+    assert torch.empty(7).isnan().all()
+    torch.use_deterministic_algorithms(False)
+    assert (torch.empty(7) > 3e38).all()
+
+
+@pytest.mark.usefixtures("filled_outputs")
 @pytest.mark.parametrize(("op", "backend", "shape", "dtype"), TYPED_CASES)
 def test_value_is_that_of_the_reference_in_double(op, backend, shape, dtype, device):
     args = make(op, shape, device, dtype)
@@ -308,6 +326,68 @@ def call_and_differentiate(op: Op, args: tuple, compiler: str | None) -> list[Te
     if variables:
         sum(o.square().sum() for o in results if o.grad_fn is not None).backward()
     return [r.detach() for r in results] + [t.grad for t in variables]
+
+
+@pytest.mark.parametrize(("op", "backend", "shape"), DIFFERENTIABLE_CASES)
+def test_a_call_past_the_dispatcher_gives_the_same(op, backend, shape, device):
+    args = make(op, shape, device, usual(op, backend))
+    usable(op, backend, args)
+    with use_backend(backend):
+        past, through = (differentiated(call, op, args) for call in (op, op.overload))
+    assert len(past) == len(through)
+    for got, right in zip(past, through, strict=True):
+        accuracy.exact(got, right)
+
+
+def differentiated(call, op: Op, args: tuple) -> list[Tensor]:
+    """Outputs and gradients; that autograd knows of an output counts as well."""
+    args = copy.deepcopy(args)
+    variables = inputs(op, args)
+    for t in variables:
+        t.requires_grad_()
+    out = tree_leaves(call(*args))
+    differentiable = [o for o in out if o.grad_fn is not None]
+    if differentiable:
+        sum(o.float().square().sum() for o in differentiable).backward()
+    known = torch.tensor([o.grad_fn is not None for o in out])
+    return [o.detach() for o in out] + [known] + [t.grad for t in variables]
+
+
+class Seen(TorchDispatchMode):
+    """Names of the operators that reach the dispatcher."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.names: list[str] = []
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        self.names.append(str(func))
+        return func(*args, **(kwargs or {}))
+
+
+def test_whoever_listens_to_the_dispatcher_hears_of_an_operator():
+    op, args = OPS["gather_tokens"], make(OPS["gather_tokens"], "edge", "cpu", torch.float32)
+    expected = op(*args)
+    with Seen() as seen:
+        accuracy.exact(op(*args), expected)
+    assert seen.names[0] == "fastmim.gather_tokens.default"
+    with FakeTensorMode() as mode:
+        fakes = tree_map(lambda a: mode.from_tensor(a) if isinstance(a, Tensor) else a, args)
+    assert isinstance(op(*fakes), FakeTensor)
+    meta = op(*(a.to("meta") for a in args))
+    assert meta.is_meta
+    assert meta.shape == expected.shape
+    with torch.profiler.profile() as profile:
+        op(*args)
+    assert "fastmim::gather_tokens" in {event.key for event in profile.key_averages()}
+    accuracy.exact(torch.vmap(op)(*(a[None] for a in args)), expected[None])
+
+
+def test_memory_that_holds_negated_values_is_read_right():
+    x, ids = make(OPS["gather_tokens"], "edge", "cpu", torch.float32)
+    negated = torch.complex(torch.zeros_like(x), x).conj().imag
+    assert negated.is_neg()
+    accuracy.exact(OPS["gather_tokens"](negated, ids), OPS["gather_tokens"](-x, ids))
 
 
 @pytest.mark.parametrize("name", sorted(IN_PLACE))

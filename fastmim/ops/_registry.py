@@ -9,6 +9,9 @@ gradient. Behind the schema stand up to four implementations with the same signa
 * ``cuda``      - a CUDA kernel in ``csrc/``, or one that PyTorch itself ships; needs a GPU.
 
 The choice is made inside the operator, so ``torch.compile`` traces one graph whichever serves.
+
+Called from Python on plain tensors, with nothing that listens to PyTorch's dispatcher, an operator
+is run without it: the way there and back costs more than a kernel on a small batch.
 """
 
 from __future__ import annotations
@@ -17,9 +20,10 @@ import contextlib
 import functools
 import importlib
 import importlib.util
+import operator
 import os
 import pkgutil
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -140,19 +144,21 @@ class Op:
             for backend, given in implementations.items()
         }
         self._loaded: dict[str, Callable] = {}
-        self._candidates: dict[tuple[str, str | None], list[str]] = {}
+        self._candidates: dict[str, list[str]] = {}
 
         # Library.define costs the host half of what custom_op does on every call.
         _library.define(schema)
         _library.impl(self.name, self._run, "CompositeExplicitAutograd")
         torch.library.register_fake(f"fastmim::{self.name}", fake, lib=_library)
         if backward is not None:
+            backward = backward if twice_differentiable else self._once(backward)
             torch.library.register_autograd(
                 f"fastmim::{self.name}",
-                backward if twice_differentiable else self._once(backward),
+                backward,
                 setup_context=setup_context,
                 lib=_library,
             )
+        self._apply = None if backward is None else self._with_autograd(setup_context, backward)
         self.overload = getattr(torch.ops.fastmim, self.name).default
         arguments = self.overload._schema.arguments
         self.written = tuple(
@@ -173,8 +179,34 @@ class Op:
 
         return guarded
 
+    def _with_autograd(self, setup_context: Callable, backward: Callable) -> Callable:
+        """What ``register_autograd`` makes, for calls that do not go through the dispatcher."""
+
+        def forward(ctx, *args):
+            output = self._run(*args)
+            setup_context(ctx, args, output)
+            return output
+
+        members = {"forward": staticmethod(forward), "backward": staticmethod(backward)}
+        function = type(f"fastmim_{self.name}", (torch.autograd.Function,), members)
+        # Not Function's own apply: it looks for transforms, of which there are none.
+        return super(torch.autograd.Function, function).apply
+
     def __call__(self, *args: Any) -> Any:
-        return self.overload(*args)
+        if torch.compiler.is_compiling() or _overheard():
+            return self.overload(*args)
+        wants_grad = _wants_grad(args)
+        if wants_grad is None:
+            return self.overload(*args)
+        run = self._run
+        if wants_grad and torch.is_grad_enabled():
+            if self._apply is None:
+                return self.overload(*args)
+            run = self._apply
+        if torch.autograd._profiler_enabled():
+            with torch.profiler.record_function(f"fastmim::{self.name}"):
+                return run(*args)
+        return run(*args)
 
     @property
     def backends(self) -> tuple[str, ...]:
@@ -230,16 +262,15 @@ class Op:
                     f"({asked}), but {reason}; use 'auto' or 'reference'"
                 )
             return backend
-        key = (device.type, os.environ.get("TRITON_INTERPRET"))
-        if key not in self._candidates:
+        if device.type not in self._candidates:
             # The interpreter is a test tool and never chosen by itself.
-            self._candidates[key] = [
+            self._candidates[device.type] = [
                 b
                 for b in self.backends
                 if self.unavailable(b, device) is None
                 and not (b == "triton" and device.type != "cuda")
             ]
-        return next(b for b in self._candidates[key] if self.refuses(b, args) is None)
+        return next(b for b in self._candidates[device.type] if self.refuses(b, args) is None)
 
     def forced(self) -> tuple[str, str] | None:
         """The backend asked for and how; None means auto."""
@@ -280,6 +311,42 @@ def autocast_dtype(x: Tensor) -> torch.dtype | None:
     """What autocast computes with on the device of ``x``; None if it is off."""
     kind = x.device.type
     return torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else None
+
+
+def _overheard() -> bool:
+    """Whether PyTorch's dispatcher has more to do for a call than autograd: modes, transforms."""
+    return bool(
+        torch._C._len_torch_dispatch_stack()
+        or torch._C._len_torch_function_stack()
+        or torch._C._functorch.peek_interpreter_stack() is not None
+        or torch._C._get_tracing_state() is not None
+    )
+
+
+_PLAIN = {Tensor, torch.nn.Parameter}
+_is_meta, _requires_grad = operator.attrgetter("is_meta"), operator.attrgetter("requires_grad")
+
+
+def _wants_grad(args: Sequence[Any]) -> bool | None:
+    """Whether a tensor requires a gradient; None if the values of one are not those in its memory.
+
+    Such are subclasses (DTensor, fake tensors), meta tensors and views of negated ones.
+    """
+    wants = False
+    for arg in args:
+        if type(arg) in _PLAIN:
+            if arg.is_meta or arg.is_neg():
+                return None
+            wants = wants or arg.requires_grad
+        elif isinstance(arg, (list, tuple)):
+            if not {*map(type, arg)} <= _PLAIN or any(map(_is_meta, arg)):
+                return None
+            if any(map(Tensor.is_neg, arg)):
+                return None
+            wants = wants or any(map(_requires_grad, arg))
+        elif isinstance(arg, Tensor):
+            return None
+    return wants
 
 
 def _device(args: tuple) -> torch.device:

@@ -114,12 +114,12 @@ def _compute_dtype(x: Tensor, weight: Tensor) -> torch.dtype:
 
 
 def _check(function: str, x: Tensor, weight: Tensor, bias: Tensor, branch: Tensor | None) -> None:
-    width = tuple(x.shape[-1:])
+    width = x.shape[-1:]
     if (
         x.ndim == 0
         or not x.is_floating_point()
-        or tuple(weight.shape) != width
-        or tuple(bias.shape) != width
+        or weight.shape != width
+        or bias.shape != width
         or (branch is not None and branch.shape != x.shape)
     ):
         raise ValueError(

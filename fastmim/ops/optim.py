@@ -253,6 +253,10 @@ def _check_pairs(
             f"{function}: expected as many {other_name} as {name}, "
             f"got {len(others)} and {len(tensors)}"
         )
+    if [t.shape for t in tensors] == [t.shape for t in others]:
+        device = tensors[0].device if tensors else None
+        if all(t.device == device for t in (*tensors, *others)):
+            return
     for i, (a, b) in enumerate(zip(tensors, others, strict=True)):
         if a.shape != b.shape or a.device != b.device:
             raise ValueError(
@@ -299,7 +303,10 @@ def _check_storage(function: str, lists: Mapping[str, Sequence[Tensor]], name: s
 def _refuse_repeats(function: str, op: Op, lists: Mapping[str, Sequence[Tensor]]) -> None:
     for name in op.written:
         places: dict[int, int] = {}
-        for i, tensor in enumerate(lists.get(name, ())):
+        tensors = lists.get(name, ())
+        if len({id(t) for t in tensors}) == len(tensors):
+            continue
+        for i, tensor in enumerate(tensors):
             first = places.setdefault(id(tensor), i)
             if first != i:
                 raise ValueError(
@@ -318,10 +325,11 @@ def _refuse_half(function: str, tensors: Sequence[Tensor]) -> None:
             )
 
 
-def _is_dtensor(tensor: Tensor) -> bool:
-    # Where torch.distributed.tensor was never imported, there is no DTensor; importing it is slow.
+def _is_dtensor(*tensors: Tensor) -> bool:
+    """Whether one of them is a DTensor."""
+    # Where torch.distributed.tensor was never imported, there is none; importing it is slow.
     module = sys.modules.get("torch.distributed.tensor")
-    return module is not None and isinstance(tensor, module.DTensor)
+    return module is not None and any(isinstance(t, module.DTensor) for t in tensors)
 
 
 def _local_shards(function: str, lists: Mapping[str, Sequence[Tensor]]) -> dict[str, list[Tensor]]:
@@ -330,7 +338,7 @@ def _local_shards(function: str, lists: Mapping[str, Sequence[Tensor]]) -> dict[
     An update of single elements needs no communication if all that belongs together is placed
     alike; sums still to be made (``Partial``) are no elements yet.
     """
-    if not any(_is_dtensor(t) for tensors in lists.values() for t in tensors):
+    if not any(_is_dtensor(*tensors) for tensors in lists.values()):
         return {name: list(tensors) for name, tensors in lists.items()}
     first, leaders = next(iter(lists.items()))
     for name, tensors in lists.items():
@@ -374,6 +382,8 @@ _NATIVE_GRADS = (torch.float32, torch.bfloat16, torch.float16)
 
 
 def _refuses(tensors: Sequence[Tensor], *dtypes: torch.dtype) -> str | None:
+    if {t.dtype for t in tensors} <= {*dtypes} and all(map(Tensor.is_contiguous, tensors)):
+        return None
     for tensor in tensors:
         if tensor.dtype not in dtypes or not tensor.is_contiguous():
             names = " or ".join(str(dtype).removeprefix("torch.") for dtype in dtypes)
