@@ -17,12 +17,12 @@ def memory_in_use(device: torch.device) -> float | None:
     return _read("/proc/self/status", "VmRSS:")
 
 
-def total_memory(device: torch.device) -> float:
-    """GiB that a benchmark may take: all of a GPU, half of what is available on the host."""
+def total_memory(device: torch.device, host_share: float = _HOST_SHARE) -> float:
+    """GiB that a benchmark may take: all of a GPU, a share of what is available on the host."""
     if device.type == "cuda":
         return torch.cuda.mem_get_info(device)[1] / 2**30
     available = _read("/proc/meminfo", "MemAvailable:")
-    return float("inf") if available is None else _HOST_SHARE * available
+    return float("inf") if available is None else host_share * available
 
 
 @contextlib.contextmanager

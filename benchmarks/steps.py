@@ -129,7 +129,7 @@ def _groups(
     keys: Sequence[Variant], footprints: Mapping[Variant, dict | None], device: torch.device
 ) -> list[list[Variant]]:
     """Programs that fit into memory together: all at rest but one, which is at its peak."""
-    limit = _USED * total_memory(device)
+    limit = _USED * total_memory(device, host_share=1.0)  # what they take has been measured
     groups: list[list[Variant]] = []
     resting = highest = float("inf")
     for key in keys:
