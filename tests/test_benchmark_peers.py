@@ -186,7 +186,7 @@ def test_the_parts_of_a_step_are_found_and_change_nothing(name):
 
 
 def test_programs_that_do_not_fit_together_are_timed_apart(monkeypatch):
-    monkeypatch.setattr(steps, "total_memory", lambda device: 10.0)
+    monkeypatch.setattr(steps, "total_memory", lambda device, host_share: 10.0)
     taken = {name: dict(resting_memory_gib=2.0, peak_memory_gib=5.0) for name in "abcd"}
     assert steps._groups("abcd", taken, CPU) == [["a", "b", "c"], ["d"]]
     assert steps._groups("ab", {"a": {}, "b": {}}, CPU) == [["a", "b"]]
