@@ -21,8 +21,8 @@ def total_memory(device: torch.device, host_share: float = _HOST_SHARE) -> float
     """GiB that a benchmark may take: all of a GPU, a share of what is available on the host."""
     if device.type == "cuda":
         return torch.cuda.mem_get_info(device)[1] / 2**30
-    available = _read("/proc/meminfo", "MemAvailable:")
-    return float("inf") if available is None else host_share * available
+    left = [_read("/proc/meminfo", "MemAvailable:"), _left_to_container()]
+    return host_share * min((gib for gib in left if gib is not None), default=float("inf"))
 
 
 @contextlib.contextmanager
@@ -48,6 +48,14 @@ def limited_memory(device: torch.device, gib: float) -> Iterator[None]:
         yield
     finally:
         resource.setrlimit(resource.RLIMIT_AS, before)
+
+
+def _left_to_container(folder: Path = Path("/sys/fs/cgroup")) -> float | None:
+    """GiB that a container may still take; None if nothing limits it."""
+    limit, used = (folder / f"memory.{name}" for name in ("max", "current"))
+    if not limit.exists() or not used.exists() or limit.read_text().strip() == "max":
+        return None
+    return (int(limit.read_text()) - int(used.read_text())) / 2**30
 
 
 def _read(path: str, field: str) -> float | None:

@@ -76,7 +76,8 @@ def _absent_here() -> dict[str, str]:
 
 def run(options: Options) -> Iterator[dict]:
     """A row for every shape, batch, method, program and dtype; a short run has two methods."""
-    methods = options.methods[:2] if options.seconds < math.inf else options.methods
+    short = options.smoke or options.seconds < math.inf
+    methods = options.methods[:2] if short else options.methods
     for (shape, model, batch), method in itertools.product(options.cases(SHAPES), methods):
         batch = _SMOKE_BATCH if options.smoke else batch
         case = Case(model, batch, method, "fp64", options.device.type, options.images)

@@ -61,16 +61,17 @@ struct Product {
   template <int VECTORS>
   static constexpr int MOST = W < 16 ? 12 / VECTORS : VECTORS < 3 ? 12 : VECTORS == 3 ? 8 : 6;
 
-  // `count` tiles of `size` rows from `row` on, of at most ROWS and at least half of MOST or one.
+  // `count` tiles of `size` rows from `row` on, of at most ROWS; those of a few rows one by one.
   template <int VECTORS, int ROWS>
   FASTMIM_INLINE static void tiles(const Matrices& m, int64_t row, int64_t count, int64_t size,
                                    int64_t column) {
     if (size == ROWS) {
       for (; count > 0; --count, row += ROWS) tile<ROWS, VECTORS>(m, row, column);
-    } else if constexpr (ROWS > MOST<VECTORS> / 2) {
+    } else if constexpr (ROWS > std::min(MOST<VECTORS> / 2, 4)) {
       tiles<VECTORS, ROWS - 1>(m, row, count, size, column);
     } else {
-      for (const int64_t end = row + count * size; row < end; ++row) tile<1, VECTORS>(m, row, column);
+      for (const int64_t end = row + count * size; row < end; ++row)
+        tile<1, VECTORS>(m, row, column);
     }
   }
 
@@ -81,6 +82,7 @@ struct Product {
     const int64_t count = (m.rows + MOST<VECTORS> - 1) / MOST<VECTORS>;
     if (count == 0) return;
     const int64_t size = m.rows / count, longer = m.rows % count;
+    // A loop, so that the tiles are compiled once.
     for (const bool one_more : {true, false})
       tiles<VECTORS, MOST<VECTORS>>(m, one_more ? 0 : longer * (size + 1),
                                     one_more ? longer : count - longer, size + one_more, column);

@@ -98,25 +98,38 @@ struct NormBackwardRows {
 
   static FASTMIM_INLINE void run(const Backward& args, int64_t begin, int64_t end, float* sums) {
     constexpr int ROWS = W == 16 ? 4 : 2;  // as many as the registers hold
-    Scratch scratch((3 * ROWS + 1) * Scratch::round(args.total.width));
-    float* const memory = scratch.take(0);
-    for (; begin + ROWS <= end; begin += ROWS) rows<ROWS>(args, begin, memory, sums);
-    for (; begin < end; ++begin) rows<1>(args, begin, memory, sums);
+    const int64_t width = args.total.width;
+    Scratch scratch((3 * ROWS + 1) * Scratch::round(width));
+    Buffers<ROWS> buffers;
+    for (int r = 0; r < ROWS; ++r) {
+      buffers.grad[r] = scratch.take(width);
+      buffers.total[r] = scratch.take(width);
+      buffers.out[r] = scratch.take(width);
+    }
+    buffers.grad_total = scratch.take(width);
+    for (; begin + ROWS <= end; begin += ROWS) rows<ROWS>(args, begin, buffers, sums);
+    for (; begin < end; ++begin) rows<1>(args, begin, buffers, sums);
   }
 
-  // ROWS rows from `first` on: once for their sums and those over rows, once more for the result.
+  // Scratch memory for rows that are not float.
   template <int ROWS>
-  static FASTMIM_INLINE void rows(const Backward& args, int64_t first, float* scratch,
+  struct Buffers {
+    float *grad[ROWS], *total[ROWS], *out[ROWS], *grad_total;
+  };
+
+  // ROWS rows from `first` on: once for their sums and those over rows, once more for the result.
+  template <int ROWS, typename Scratches>
+  static FASTMIM_INLINE void rows(const Backward& args, int64_t first, const Scratches& buffers,
                                   float* weight_sums) {
-    const int64_t width = args.total.width, whole = width / W * W, step = Scratch::round(width);
+    const int64_t width = args.total.width, whole = width / W * W;
     float* const bias_sums = weight_sums + width;
     const float *grad[ROWS], *row[ROWS];
     float* out[ROWS];
     float mean[ROWS], rstd[ROWS], rest[ROWS] = {}, rest_along[ROWS] = {};
     for (int r = 0; r < ROWS; ++r) {
-      grad[r] = read_row(args.grad, first + r, scratch + (3 * r) * step);
-      row[r] = read_row(args.total, first + r, scratch + (3 * r + 1) * step);
-      out[r] = begin_row(args.grad_x, first + r, scratch + (3 * r + 2) * step);
+      grad[r] = read_row(args.grad, first + r, buffers.grad[r]);
+      row[r] = read_row(args.total, first + r, buffers.total[r]);
+      out[r] = begin_row(args.grad_x, first + r, buffers.out[r]);
       mean[r] = args.mean[first + r], rstd[r] = args.rstd[first + r];
     }
     Float sum[ROWS] = {}, along[ROWS] = {};
@@ -157,7 +170,7 @@ struct NormBackwardRows {
         out[r][d] = (out[r][d] - mean_sum - unit * mean_along) * rstd[r];
       }
       if (args.grad_total != nullptr) {
-        const float* const direct = read_row(*args.grad_total, first + r, scratch + 3 * ROWS * step);
+        const float* const direct = read_row(*args.grad_total, first + r, buffers.grad_total);
         for (int64_t d = 0; d < whole; d += W)
           V::store(out[r] + d, V::load(out[r] + d) + V::load(direct + d));
         for (int64_t d = whole; d < width; ++d) out[r][d] += direct[d];

@@ -140,8 +140,8 @@ Tensor gather_patches_cpu(Tensor imgs, Tensor ids, int64_t patch_size, std::opti
   check_gather_patches(imgs, ids, patch_size, scale, shift, dtype, "cpu");
   const Ids positions("gather_patches", "ids", ids, count_patches(imgs, patch_size));
   const int64_t images = imgs.size(0), kept = ids.size(1);
-  const Tensor out = new_tensor(
-      imgs, {images, kept, imgs.size(1) * patch_size * patch_size}, dtype);
+  const Tensor out =
+      new_tensor(imgs, {images, kept, imgs.size(1) * patch_size * patch_size}, dtype);
   for_pixels(imgs.scalar_type(), [&](auto pixel_type) {
     for_floating(dtype, [&](auto out_type) {
       using S = typename decltype(pixel_type)::type;
@@ -309,8 +309,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> patch_loss_cpu(
   const Ids positions("patch_loss", "ids", ids, count_patches(imgs, patch_size));
   const int64_t kept = ids.size(1), rows = imgs.size(0) * kept;
   const auto count = static_cast<double>(std::max<int64_t>(pred.numel(), 1));
-  const Tensor direction =
-      new_tensor(pred, {pred.size(0), pred.size(1), pred.size(2)});
+  const Tensor direction = new_tensor(pred, {pred.size(0), pred.size(1), pred.size(2)});
   const Tensor students = packed(pred);
   const Tensor teachers = teacher_pred ? packed(*teacher_pred) : students;
   const Terms sum = for_pixels(imgs.scalar_type(), [&](auto pixel_type) {

@@ -60,8 +60,9 @@ Tensor scatter_tokens_cpu(Tensor x, Tensor ids, int64_t num_tokens) {
   const Ids positions("scatter_tokens", "ids", ids, num_tokens);
   const Tokens tokens(x);
   const int64_t images = x.size(0), kept = ids.size(1), bytes = tokens.bytes();
-  const Tensor out = torch::stable::new_zeros(x, {images, num_tokens, x.size(2)});
+  const Tensor out = new_tensor(x, {images, num_tokens, x.size(2)});
   char* const rows = mutable_data<char>(out);
+  std::fill_n(rows, images * num_tokens * bytes, '\0');
   in_parallel(images, kept * tokens.width(), [&](int64_t begin, int64_t end) {
     for (int64_t b = begin; b < end; ++b)
       for (int64_t k = 0; k < kept; ++k)

@@ -15,6 +15,7 @@
 #include <cstring>
 #include <memory>
 #include <new>
+#include <type_traits>
 #include <utility>
 
 namespace fastmim {
@@ -141,7 +142,7 @@ struct Vector {
   // A vector or a pair.
   template <typename X>
   FASTMIM_INLINE static X load_as(const float* p) {
-    if constexpr (sizeof(X) == sizeof(Float))
+    if constexpr (std::is_same_v<X, Float>)
       return load(p);
     else
       return load_pair(p);
@@ -192,7 +193,7 @@ struct Vector {
             where_below(x.second, bound, yes, no.second)};
   }
 
-  // e^x to 2 ulp for x up to 88; 0 below -87, where e^x becomes denormal. Of a vector, or of pairs.
+  // e^x to 2 ulp for x up to 88; 0 below -87, where e^x becomes denormal. Of a vector or a pair.
   template <typename X>
   FASTMIM_INLINE static X exp(X x) {
     const X shifted = x * 1.44269504f + ROUND;
@@ -215,7 +216,7 @@ struct Vector {
  private:
   static constexpr float ROUND = 12582912.0f;  // 1.5 * 2^23: a sum with it is rounded to an integer
 
-  // 2^n from n + ROUND, of n within +-126.
+  // 2^n from n + ROUND, of n from -126 to 127.
   FASTMIM_INLINE static Float power(Float shifted) {
     constexpr uint32_t OFFSET = std::bit_cast<uint32_t>(ROUND) - 127;
     return std::bit_cast<Float>((std::bit_cast<Bits>(shifted) - OFFSET) << 23);

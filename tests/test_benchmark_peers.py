@@ -13,11 +13,11 @@ from torch._dynamo.utils import counters
 from tests.conftest import benchmark_module
 
 _FOLDER = Path(__file__).parents[1] / "benchmarks"
-peers, plain, parts, shim, steps, stepcost, memory, loader = (
+peers, plain, parts, shim, steps, stepcost, memory, loader, capacity = (
     benchmark_module(name)
     for name in (
         "peers", "peers.plain", "peers.parts", "peers.torchvision_shim", "steps", "stepcost",
-        "memory", "loader",
+        "memory", "loader", "capacity",
     )
 )  # fmt: skip
 CPU = torch.device("cpu")
@@ -183,6 +183,15 @@ def test_the_parts_of_a_step_are_found_and_change_nothing(name):
     }  # fmt: skip
     assert all(ms > 0 for part, ms in found.items())
     program.student.zero_grad(set_to_none=True)
+
+
+def test_a_container_is_given_no_more_than_its_limit(tmp_path):
+    assert capacity._left_to_container(tmp_path) is None
+    (tmp_path / "memory.current").write_text(f"{2**30}\n")
+    (tmp_path / "memory.max").write_text("max\n")
+    assert capacity._left_to_container(tmp_path) is None
+    (tmp_path / "memory.max").write_text(f"{4 * 2**30}\n")
+    assert capacity._left_to_container(tmp_path) == 3
 
 
 def test_programs_that_do_not_fit_together_are_timed_apart(monkeypatch):

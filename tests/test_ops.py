@@ -12,11 +12,13 @@ import torch
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from torch.autograd.gradcheck import GradcheckError
+from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves, tree_map
 
 from fastmim.ops import (
     OPS,
+    _registry,
     adamw_ema_,
     ema_update_,
     gather_patches,
@@ -353,7 +355,7 @@ def differentiated(call, op: Op, args: tuple) -> list[Tensor]:
     return [o.detach() for o in out] + [known] + [t.grad for t in variables]
 
 
-class Seen(TorchDispatchMode):
+class Dispatched(TorchDispatchMode):
     """Names of the operators that reach the dispatcher."""
 
     def __init__(self) -> None:
@@ -365,29 +367,82 @@ class Seen(TorchDispatchMode):
         return func(*args, **(kwargs or {}))
 
 
-def test_whoever_listens_to_the_dispatcher_hears_of_an_operator():
-    op, args = OPS["gather_tokens"], make(OPS["gather_tokens"], "edge", "cpu", torch.float32)
-    expected = op(*args)
-    with Seen() as seen:
+class Overridden(TorchFunctionMode):
+    """Likewise of those that reach ``__torch_function__``."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.names: list[str] = []
+
+    def __torch_function__(self, func, types, args=(), kwargs=None):
+        self.names.append(str(func))
+        return func(*args, **(kwargs or {}))
+
+
+@pytest.fixture
+def gather():
+    """gather_tokens, its arguments and their result."""
+    op = OPS["gather_tokens"]
+    args = make(op, "edge", "cpu", torch.float32)
+    return op, args, op(*args)
+
+
+@pytest.mark.parametrize("mode", [Dispatched, Overridden])
+def test_a_mode_hears_of_an_operator(gather, mode):
+    op, args, expected = gather
+    with mode() as heard:
         accuracy.exact(op(*args), expected)
-    assert seen.names[0] == "fastmim.gather_tokens.default"
-    with FakeTensorMode() as mode:
-        fakes = tree_map(lambda a: mode.from_tensor(a) if isinstance(a, Tensor) else a, args)
-    assert isinstance(op(*fakes), FakeTensor)
-    meta = op(*(a.to("meta") for a in args))
-    assert meta.is_meta
-    assert meta.shape == expected.shape
+    assert heard.names[0] == "fastmim.gather_tokens.default"
+
+
+def test_the_profiler_and_tracing_hear_of_an_operator(gather):
+    op, args, expected = gather
     with torch.profiler.profile() as profile:
         op(*args)
     assert "fastmim::gather_tokens" in {event.key for event in profile.key_averages()}
+    traced = torch.jit.trace(lambda *args: op(*args), args)
+    assert "fastmim::gather_tokens" in str(traced.graph)
+    proxy = torch.fx.Graph().create_node("placeholder", "x")
+    proxy = torch.fx.Proxy(proxy)
+    assert isinstance(op(proxy, proxy), torch.fx.Proxy)
     accuracy.exact(torch.vmap(op)(*(a[None] for a in args)), expected[None])
 
 
-def test_memory_that_holds_negated_values_is_read_right():
-    x, ids = make(OPS["gather_tokens"], "edge", "cpu", torch.float32)
-    negated = torch.complex(torch.zeros_like(x), x).conj().imag
+def test_tensors_without_values_of_their_own_reach_the_dispatcher(gather):
+    op, (x, ids), expected = gather
+    with FakeTensorMode() as mode:
+        fakes = [mode.from_tensor(a) for a in (x, ids)]
+    assert isinstance(op(*fakes), FakeTensor)
+    meta = op(x.to("meta"), ids.to("meta"))
+    assert meta.is_meta
+    assert meta.shape == expected.shape
+    negated = torch.complex(torch.zeros_like(x), -x).conj().imag
     assert negated.is_neg()
-    accuracy.exact(OPS["gather_tokens"](negated, ids), OPS["gather_tokens"](-x, ids))
+    accuracy.exact(op(negated, ids), expected)
+    assert _registry._wants_grad([[x, fakes[0]]]) is None
+    assert _registry._wants_grad([[x], negated]) is None
+
+
+def test_below_autograd_no_gradient_is_recorded(gather):
+    op, (x, ids), expected = gather
+    x.requires_grad_()
+    assert op(x, ids).grad_fn is not None
+    with torch._C._AutoDispatchBelowAutograd():
+        out = op(x, ids)
+    assert out.grad_fn is None
+    accuracy.exact(out, expected)
+
+
+def test_a_result_may_be_changed_in_place_as_through_the_dispatcher():
+    op = OPS["linear"]
+    args = make(op, "edge", "cpu", torch.float32)
+    grads = []
+    for call in (op, op.overload):
+        given = [a.clone().requires_grad_() for a in args]
+        call(*given).mul_(2).square().sum().backward()
+        grads.append([a.grad for a in given])
+    for got, right in zip(*grads, strict=True):
+        accuracy.exact(got, right)
 
 
 @pytest.mark.parametrize("name", sorted(IN_PLACE))

@@ -20,7 +20,6 @@ import contextlib
 import functools
 import importlib
 import importlib.util
-import operator
 import os
 import pkgutil
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -34,6 +33,8 @@ PREFERENCE = ("cuda", "triton", "cpp", "reference")
 OPS: dict[str, Op] = {}
 
 _library = torch.library.Library("fastmim", "DEF")
+_PLAIN = {Tensor, torch.nn.Parameter}
+_AUTOGRAD = torch._C.DispatchKey.AutogradFunctionality
 
 
 def _parse(backend: str | None) -> str | None:
@@ -198,15 +199,9 @@ class Op:
         wants_grad = _wants_grad(args)
         if wants_grad is None:
             return self.overload(*args)
-        run = self._run
-        if wants_grad and torch.is_grad_enabled():
-            if self._apply is None:
-                return self.overload(*args)
-            run = self._apply
-        if torch.autograd._profiler_enabled():
-            with torch.profiler.record_function(f"fastmim::{self.name}"):
-                return run(*args)
-        return run(*args)
+        if not wants_grad or not torch.is_grad_enabled() or _below_autograd():
+            return self._run(*args)
+        return self.overload(*args) if self._apply is None else self._apply(*args)
 
     @property
     def backends(self) -> tuple[str, ...]:
@@ -291,8 +286,9 @@ class Op:
 
     def _run(self, *args: Any) -> Any:
         implementation = self.implementation(self.choose(_device(args), args))
-        # Autocast has chosen the arguments' dtypes; what is computed from them is the operator's.
-        with torch._C._DisableAutocast():
+        # Autocast has chosen the arguments' dtypes, and the gradient is the operator's own. To
+        # others no result is a view: they could not change it in place.
+        with torch._C._DisableAutocast(), torch._C._AutoDispatchBelowADInplaceOrView():
             return implementation(*args)
 
 
@@ -314,37 +310,38 @@ def autocast_dtype(x: Tensor) -> torch.dtype | None:
 
 
 def _overheard() -> bool:
-    """Whether PyTorch's dispatcher has more to do for a call than autograd: modes, transforms."""
+    """Whether others than autograd wait for calls: modes, transforms, tracing, the profiler."""
     return bool(
-        torch._C._len_torch_dispatch_stack()
+        torch.autograd._profiler_enabled()
+        or torch._C._len_torch_dispatch_stack()
         or torch._C._len_torch_function_stack()
         or torch._C._functorch.peek_interpreter_stack() is not None
         or torch._C._get_tracing_state() is not None
     )
 
 
-_PLAIN = {Tensor, torch.nn.Parameter}
-_is_meta, _requires_grad = operator.attrgetter("is_meta"), operator.attrgetter("requires_grad")
+def _below_autograd() -> bool:
+    return torch._C._dispatch_tls_is_dispatch_key_excluded(_AUTOGRAD)
 
 
 def _wants_grad(args: Sequence[Any]) -> bool | None:
-    """Whether a tensor requires a gradient; None if the values of one are not those in its memory.
+    """Whether a tensor requires a gradient; None if the dispatcher must see to an argument.
 
-    Such are subclasses (DTensor, fake tensors), meta tensors and views of negated ones.
+    So it must to subclasses (DTensor, fake tensors) and whatever else has ``__torch_function__``,
+    to meta tensors and to views of negated values.
     """
     wants = False
     for arg in args:
-        if type(arg) in _PLAIN:
+        if isinstance(arg, (list, tuple)):
+            listed = _wants_grad(arg)
+            if listed is None:
+                return None
+            wants = wants or listed
+        elif type(arg) in _PLAIN:
             if arg.is_meta or arg.is_neg():
                 return None
             wants = wants or arg.requires_grad
-        elif isinstance(arg, (list, tuple)):
-            if not {*map(type, arg)} <= _PLAIN or any(map(_is_meta, arg)):
-                return None
-            if any(map(Tensor.is_neg, arg)):
-                return None
-            wants = wants or any(map(_requires_grad, arg))
-        elif isinstance(arg, Tensor):
+        elif hasattr(arg, "__torch_function__"):
             return None
     return wants
 

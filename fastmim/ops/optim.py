@@ -253,6 +253,7 @@ def _check_pairs(
             f"{function}: expected as many {other_name} as {name}, "
             f"got {len(others)} and {len(tensors)}"
         )
+    # Hundreds of tensors are looked at in every step: all at once first, which is faster.
     if [t.shape for t in tensors] == [t.shape for t in others]:
         device = tensors[0].device if tensors else None
         if all(t.device == device for t in (*tensors, *others)):
@@ -302,10 +303,10 @@ def _check_storage(function: str, lists: Mapping[str, Sequence[Tensor]], name: s
 
 def _refuse_repeats(function: str, op: Op, lists: Mapping[str, Sequence[Tensor]]) -> None:
     for name in op.written:
-        places: dict[int, int] = {}
         tensors = lists.get(name, ())
         if len({id(t) for t in tensors}) == len(tensors):
             continue
+        places: dict[int, int] = {}
         for i, tensor in enumerate(tensors):
             first = places.setdefault(id(tensor), i)
             if first != i:
