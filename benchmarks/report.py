@@ -81,17 +81,23 @@ def _machine(name: str, path: Path, suites: Sequence[Suite]) -> Iterator[str]:
     rows = [row for row in rows_of.read(path) if not row.get("smoke")]
     yield f"### {name}, {path.stem}\n"
     for suite in suites:
-        of_suite = list(rows_of.keyed(r for r in rows if r["suite"] == suite.NAME).values())
+        of_suite = rows_of.standing([row for row in rows if row["suite"] == suite.NAME])
         if of_suite:
             yield f"#### {suite.NAME}\n"
             yield _about(of_suite) + "\n"
-            yield rows_of.markdown(of_suite, suite.COLUMNS) + "\n"
+            yield rows_of.markdown(of_suite, [*suite.COLUMNS, *_runs(of_suite)]) + "\n"
     learning = [row for row in rows if row["suite"] == "learning"]
     if learning:
         from learning import table  # sets how threads wait, which must not touch timings
 
         yield "#### What the methods learn\n"
         yield table(learning) + "\n"
+
+
+def _runs(rows: list[dict]) -> list[Column]:
+    """A column for the run of a row, if there are several: times of two are not comparable."""
+    several = len({row.get("commit") for row in rows}) > 1
+    return [("run of commit", "commit", "")] if several else []
 
 
 def _about(rows: list[dict]) -> str:

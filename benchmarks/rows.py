@@ -19,6 +19,25 @@ def keyed(rows: Iterable[dict]) -> dict[tuple, dict]:
     return {tuple(row.get(field) for field in KEY): row for row in rows}
 
 
+def standing(rows: Sequence[dict]) -> list[dict]:
+    """The latest rows of every case; with older ones those that were timed in turns with them.
+
+    Times of two runs are those of two hours of a machine: a row is compared within its own run.
+    """
+    runs: dict[tuple, list[dict]] = {}
+    for row in rows:
+        run = tuple(row.get(field) for field in ("suite", "shape", "method", "commit"))
+        runs.setdefault(run, []).append(row)
+    kept: set[int] = set()
+    seen: set[tuple] = set()
+    for run in sorted(runs.values(), key=lambda run: run[-1]["timestamp"], reverse=True):
+        latest = keyed(run)
+        if not latest.keys() <= seen:
+            kept |= {id(row) for row in latest.values()}
+        seen |= latest.keys()
+    return [row for row in rows if id(row) in kept]
+
+
 def append(path: Path, row: dict) -> None:
     """Add a row to a JSONL file; it is there even if the next one fails."""
     with path.open("a") as out:

@@ -66,6 +66,26 @@ def test_the_smoke_run_is_complete_and_every_program_matches(tmp_path):
         assert (pictures / "operators.png").stat().st_size > 10_000
 
 
+def test_an_older_row_stands_with_its_own_run_alone():
+    def row(program, commit, hour, shape="tiny32"):
+        when = f"2026-11-21T{hour:02}:00:00"
+        return dict(
+            suite="step", shape=shape, method="mae", kernel_provider=program, commit=commit,
+            timestamp=when, y_value_50=hour,
+        )  # fmt: skip
+
+    once = [row("fastmim", "a", 1), row("plain", "a", 2), row("hf", "a", 3)]
+    assert rows_of.standing(once) == once
+    again = [row("fastmim", "b", 4), row("plain", "b", 5)]
+    assert rows_of.standing(once + again) == once + again
+    all_again = [*again, row("hf", "b", 6)]
+    assert rows_of.standing(once + all_again) == all_again
+    assert rows_of.standing([*all_again, *once]) == all_again
+    assert rows_of.standing([*again, row("plain", "b", 7)])[1]["y_value_50"] == 7
+    elsewhere = row("fastmim", "a", 1, shape="small224")
+    assert rows_of.standing([elsewhere, *all_again]) == [elsewhere, *all_again]
+
+
 def test_without_a_file_named_rows_go_to_a_fresh_folder(tmp_path, monkeypatch):
     monkeypatch.setenv("OUT", str(tmp_path))
     done = _run("--smoke", "--device", "cpu", "--suite", "ema")
