@@ -39,6 +39,7 @@ def environment(device: torch.device, *, smoke: bool) -> dict:
         cuda=torch.version.cuda,
         fastmim_version=about["fastmim"]["version"],
         commit=commit(),
+        run=timestamp(),
         smoke=smoke,
     )
 

@@ -2,6 +2,7 @@
 
 import contextlib
 import gc
+import itertools
 import math
 import multiprocessing
 import os
@@ -47,6 +48,9 @@ class Block:
         return self.others <= QUIET_CORES
 
 
+_TURNS = itertools.count(1)
+
+
 @dataclass
 class Timing:
     """The blocks of one program, one per round.
@@ -54,10 +58,12 @@ class Timing:
     Attributes:
         blocks: None of a program that ran out of memory.
         timed_by: clock: the host's; events: of the stream; graph: the same, replayed at once.
+        turns: The same number for programs that took turns.
     """
 
     blocks: list[Block] = field(default_factory=list)
     timed_by: str = "clock"
+    turns: int = 0
 
     def row(self) -> dict:
         """Median and spread in ms. If no block was quiet all count, and ``quiet`` is false."""
@@ -148,7 +154,8 @@ def interleave(
         A timing without blocks of a program that ran out of memory.
     """
     stopwatch = _Events if kernels and device.type == "cuda" else _Clock
-    timings = {name: Timing() for name in programs}
+    turns = next(_TURNS)
+    timings = {name: Timing(turns=turns) for name in programs}
     timed = {}
     for name, program in programs.items():
         ready = unless_out_of_memory(_warmed, stopwatch, program, device, warm_up)

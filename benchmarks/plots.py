@@ -33,7 +33,7 @@ def draw(rows: Sequence[dict], folder: Path) -> list[Path]:
         The files; none if matplotlib is not installed, which is said.
     """
     if importlib.util.find_spec("matplotlib") is None:
-        print("no pictures: matplotlib is not installed (pip install 'fastmim[plot]')")
+        print("no pictures: matplotlib is not installed (pip install '.[bench]')")
         return []
     good = [row for row in rows if row.get("status", "ok") == "ok" and row["match"]]
     trained = [row for row in good if row["suite"] in ("step", "memory")]

@@ -96,7 +96,7 @@ def _machine(name: str, path: Path, suites: Sequence[Suite]) -> Iterator[str]:
 
 def _runs(rows: list[dict]) -> list[Column]:
     """A column for the run of a row, if there are several: times of two are not comparable."""
-    several = len({row.get("commit") for row in rows}) > 1
+    several = len({row.get("run", row.get("commit")) for row in rows}) > 1
     return [("run of commit", "commit", "")] if several else []
 
 

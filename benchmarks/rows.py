@@ -20,17 +20,20 @@ def keyed(rows: Iterable[dict]) -> dict[tuple, dict]:
 
 
 def standing(rows: Sequence[dict]) -> list[dict]:
-    """The latest rows of every case; with older ones those that were timed in turns with them.
+    """The latest rows of every case; an older one brings along those of its own run.
 
-    Times of two runs are those of two hours of a machine: a row is compared within its own run.
+    Two runs are two hours of a machine: a row is compared with those of its own run alone.
+
+    Args:
+        rows: In the order of time.
     """
     runs: dict[tuple, list[dict]] = {}
     for row in rows:
-        run = tuple(row.get(field) for field in ("suite", "shape", "method", "commit"))
-        runs.setdefault(run, []).append(row)
+        case = [row.get(field) for field in ("suite", "shape", "method")]
+        runs.setdefault((*case, row.get("run", row.get("commit"))), []).append(row)
     kept: set[int] = set()
     seen: set[tuple] = set()
-    for run in sorted(runs.values(), key=lambda run: run[-1]["timestamp"], reverse=True):
+    for run in reversed(runs.values()):
         latest = keyed(run)
         if not latest.keys() <= seen:
             kept |= {id(row) for row in latest.values()}

@@ -172,7 +172,9 @@ def _native_dtypes(device: torch.device) -> list[str]:
 
 def parse(words: Sequence[str]) -> argparse.Namespace:
     """The command line, checked; SystemExit with a message if something in it is unknown."""
-    parser = argparse.ArgumentParser(prog="benchmarks/run.py", description=__doc__)
+    parser = argparse.ArgumentParser(
+        prog="benchmarks/run.py", description=__doc__, allow_abbrev=False
+    )
     named = {suite.NAME: suite for suite in [*SUITES, *APART]}
 
     def several(name: str, known: Sequence[str], text: str, **about) -> None:

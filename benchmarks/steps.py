@@ -220,7 +220,7 @@ def _ratio(timing: Timing, peer: Timing | None) -> float | None:
     """How many times as fast as the peer; by medians if they did not take turns."""
     if peer is None or not timing.blocks or not peer.blocks:
         return None
-    if len(timing.blocks) == len(peer.blocks):
+    if timing.turns == peer.turns:
         return speedup(timing, peer)
     mine, other = (
         statistics.median(s for b in t.blocks for s in b.seconds) for t in (timing, peer)

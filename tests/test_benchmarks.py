@@ -14,9 +14,9 @@ import torch
 
 from tests.conftest import benchmark_module
 
-measure, compare, machine, plots, report, rows_of, run = (
+measure, compare, machine, plots, report, rows_of, run, steps = (
     benchmark_module(name)
-    for name in ("measure", "compare", "machine", "plots", "report", "rows", "run")
+    for name in ("measure", "compare", "machine", "plots", "report", "rows", "run", "steps")
 )
 _ROOT = Path(__file__).parents[1]
 _PROGRAM = _ROOT / "benchmarks" / "run.py"
@@ -26,7 +26,7 @@ _EVERY_ROW = {
     "status", "match", "dtype", "vs_peer", "bytes", "flops", "floor_ms", "percent_of_floor",
     "timed_by", "block_ms", "gpu_name", "cpu_name", "threads", "torch", "triton", "cuda", "commit",
     "driver", "sm_clock_mhz", "sm_clock_mhz_end", "copy_gb_per_second", "matmul_bf16_tflops",
-    "timestamp", "fastmim_version",
+    "timestamp", "run", "fastmim_version",
 }  # fmt: skip
 _STEP_ROW = {
     "images_per_second", "saved_bytes_per_image", "peak_memory_gib", "mfu_percent", "method",
@@ -52,10 +52,10 @@ def test_the_smoke_run_is_complete_and_every_program_matches(tmp_path):
     assert {row["suite"] for row in rows} == {suite.NAME for suite in run.SUITES}
     for suite in ("ops", "step", "ema"):
         assert all(row.keys() >= _EVERY_ROW for row in rows if row["suite"] == suite)
-    steps = [row for row in rows if row["suite"] == "step"]
-    assert {row["method"] for row in steps} >= {"mae", "rc_mae"}
-    assert {row["kernel_provider"] for row in steps} >= {"fastmim", "plain"}
-    for row in steps:
+    timed = [row for row in rows if row["suite"] == "step"]
+    assert {row["method"] for row in timed} >= {"mae", "rc_mae"}
+    assert {row["kernel_provider"] for row in timed} >= {"fastmim", "plain"}
+    for row in timed:
         assert all(row[field] is not None for field in _STEP_ROW)
     operators = {r["kernel_name"] for r in rows if r["suite"] == "ema"}
     assert operators == {"adamw_ema_", "ema_update_"}
@@ -67,12 +67,9 @@ def test_the_smoke_run_is_complete_and_every_program_matches(tmp_path):
 
 
 def test_an_older_row_stands_with_its_own_run_alone():
-    def row(program, commit, hour, shape="tiny32"):
-        when = f"2026-11-21T{hour:02}:00:00"
-        return dict(
-            suite="step", shape=shape, method="mae", kernel_provider=program, commit=commit,
-            timestamp=when, y_value_50=hour,
-        )  # fmt: skip
+    def row(program, commit, ms, shape="tiny32", **run):
+        case = dict(suite="step", shape=shape, method="mae", kernel_provider=program)
+        return dict(**case, commit=commit, y_value_50=ms, **run)
 
     once = [row("fastmim", "a", 1), row("plain", "a", 2), row("hf", "a", 3)]
     assert rows_of.standing(once) == once
@@ -80,8 +77,10 @@ def test_an_older_row_stands_with_its_own_run_alone():
     assert rows_of.standing(once + again) == once + again
     all_again = [*again, row("hf", "b", 6)]
     assert rows_of.standing(once + all_again) == all_again
-    assert rows_of.standing([*all_again, *once]) == all_again
     assert rows_of.standing([*again, row("plain", "b", 7)])[1]["y_value_50"] == 7
+    first, second = (row("plain", "b", ms, run=f"at {ms}") for ms in (7, 8))
+    turns = row("fastmim", "b", 9, run="at 7")
+    assert rows_of.standing([first, turns, second]) == [first, turns, second]
     elsewhere = row("fastmim", "a", 1, shape="small224")
     assert rows_of.standing([elsewhere, *all_again]) == [elsewhere, *all_again]
 
@@ -170,6 +169,16 @@ def test_speedup_compares_within_rounds():
     blocks = [measure.Block([seconds], others=0.0) for seconds in (1.0, 10.0, 100.0)]
     slower = [measure.Block([2 * b.seconds[0]], others=0.0) for b in blocks]
     assert measure.speedup(measure.Timing(blocks), measure.Timing(slower)) == 2.0
+
+
+@pytest.mark.parametrize(("turns", "ratio"), [(1, 2.0), (2, 0.5)])
+def test_programs_that_did_not_take_turns_are_compared_by_medians(turns, ratio):
+    mine, other = (
+        [measure.Block([seconds], others=0.0) for seconds in times]
+        for times in ((1.0, 4.0, 4.0), (2.0, 2.0, 12.0))
+    )
+    timings = measure.Timing(mine, turns=1), measure.Timing(other, turns=turns)
+    assert steps._ratio(*timings) == ratio
 
 
 CPU = dict(block_seconds=0.0, device=torch.device("cpu"))
