@@ -223,6 +223,7 @@ def parse(words: Sequence[str]) -> argparse.Namespace:
             parser.error(f"--{option}: expected at least 1, got {getattr(asked, option)}")
     asked.quick = not (asked.suite or asked.shape or asked.model or asked.batch or asked.smoke)
     everything = not asked.suite or "all" in asked.suite
+    asked.named = not everything
     asked.suite = SUITES if everything else [named[name] for name in asked.suite]
     if everything:  # those that know what was asked for
         asked.suite = [suite for suite in SUITES if _refusal(suite, asked) is None]
@@ -243,8 +244,23 @@ def _fit_together(asked: argparse.Namespace) -> None:
         asked.suite = scaling.suites(asked.suite, steps)
     for refusal in filter(None, (_refusal(suite, asked) for suite in asked.suite)):
         raise ValueError(refusal)
+    if asked.named:
+        _refuse_what_is_of_steps(asked)
     if not asked.suite:
         raise ValueError("no suite knows all of what was asked for; see --list")
+
+
+def _refuse_what_is_of_steps(asked: argparse.Namespace) -> None:
+    """ValueError if a suite that was named would not hear of an option."""
+    of_steps = [steps, memory, stepcost, scaling]
+    takers = {"model": of_steps, "dtype": of_steps, "batch": [*of_steps, loader]}
+    for option, suites in takers.items():
+        deaf = [suite.NAME for suite in asked.suite if suite not in suites]
+        if getattr(asked, option) and deaf:
+            raise ValueError(
+                f"--{option}: suite {deaf[0]} has its own; it is for "
+                f"{','.join(suite.NAME for suite in suites)}"
+            )
 
 
 def _refusal(suite: Suite, asked: argparse.Namespace) -> str | None:

@@ -14,9 +14,9 @@ import torch
 
 from tests.conftest import benchmark_module
 
-measure, compare, machine, plots, report, rows_of, run, steps = (
+measure, compare, machine, ops, plots, report, rows_of, run, steps = (
     benchmark_module(name)
-    for name in ("measure", "compare", "machine", "plots", "report", "rows", "run", "steps")
+    for name in ("measure", "compare", "machine", "ops", "plots", "report", "rows", "run", "steps")
 )
 _ROOT = Path(__file__).parents[1]
 _PROGRAM = _ROOT / "benchmarks" / "run.py"
@@ -111,6 +111,10 @@ def test_list_names_suites_shapes_and_programs():
         (["--peer", "plian"], "unknown peer 'plian'; did you mean plain"),
         (["--op", "atention"], "unknown op 'atention'; did you mean attention"),
         (["--batch", "64,0"], "expected numbers of images from 1, got '64,0'"),
+        (["--suite", "step,ops", "--dtype", "bf16"], "--dtype: suite ops has its own"),
+        (["--suite", "ema", "--batch", "8"], "it is for step,memory,distillation,scaling,loader"),
+        (["--suite", "ops", "--op", "norm_linear"], "unknown op 'norm_linear'"),
+        (["--compa", "HEAD"], "unrecognized arguments: --compa HEAD"),
         (["--rounds", "0"], "--rounds: expected at least 1, got 0"),
         (["--suite", "ema", "--method", "mae"], "--method: suite ema knows none"),
         (["--suite", "ema", "--shape", "base224"], "--shape: suite ema has tiny32,"),
@@ -122,6 +126,12 @@ def test_words_that_are_unknown_or_do_not_fit_are_refused_with_the_remedy(words,
         run.parse(words)
     assert refused.value.code == 2
     assert said in capsys.readouterr().err
+
+
+def test_operators_that_can_be_named_are_those_that_are_timed():
+    sizes = ops.SHAPES["tiny32"]._replace(batch=1)
+    timed = [problem.operator for problem in ops.problems(sizes, torch.device("cpu"))]
+    assert list(dict.fromkeys(timed)) == ops.WORDS["op"]
 
 
 def test_without_a_suite_those_run_that_know_what_is_asked_for():
