@@ -5,18 +5,23 @@ counts. Ours are the words of FASTMIM_ATTENTION, and ``auto``.
 """
 
 import functools
-from collections.abc import Callable, Iterator
+import math
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from itertools import pairwise
 from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
-from measure import interleave, saved_bytes, speedup
-from suite import CHECKS, FLOOR, TIMES, Column, Options
+from machine import libraries
+from measure import Lost, Timing, attempt, out_of_memory, saved_bytes, speedup
+from ops import failed, served_by, timed, verdict
+from problems import relative
+from suite import CHECKS, FLOOR, PEAK, TIMES, Column, Options, images_per_second
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from fastmim import ops
+from fastmim.ops import OPS
 from fastmim.ops.attention import attention_backends, use_attention
 
 NAME = "attention"
@@ -50,19 +55,21 @@ class Sizes(NamedTuple):
     queries: int | None = None
     lengths: tuple[int, ...] | None = None
 
-    def inputs(self, device: torch.device, batch: int) -> tuple[Tensor, ...]:
-        """qkv; or queries and the packed keys and values."""
-        generator = torch.Generator(device).manual_seed(0)
-
-        def normal(*shape: int) -> Tensor:
-            return torch.randn(*shape, generator=generator, device=device).to(self.dtype)
-
+    def shapes(self, batch: int) -> list[tuple[int, ...]]:
+        """Of qkv; or of queries and the packed keys and values."""
         parts = (self.num_heads, self.head_dim)
         if self.lengths is not None:
-            return (normal(batch * sum(self.lengths), 3, *parts),)
+            return [(batch * sum(self.lengths), 3, *parts)]
         if self.queries is not None:
-            return normal(batch, self.queries, *parts), normal(batch, self.tokens, 2, *parts)
-        return (normal(batch, self.tokens, 3, *parts),)
+            return [(batch, self.queries, *parts), (batch, self.tokens, 2, *parts)]
+        return [(batch, self.tokens, 3, *parts)]
+
+    def inputs(self, device: torch.device, batch: int) -> tuple[Tensor, ...]:
+        generator = torch.Generator(device).manual_seed(0)
+        return tuple(
+            torch.randn(shape, generator=generator, device=device).to(self.dtype)
+            for shape in self.shapes(batch)
+        )
 
     def scores(self, batch: int) -> int:
         """Of all queries with all keys, over heads."""
@@ -107,7 +114,7 @@ COLUMNS: list[Column] = [
     ("program", "kernel_provider", ""), ("dtype", "dtype", ""), ("batch", "x_value", "d"),
     *((header, field, ".3f") for header, field, _ in TIMES), *FLOOR,
     ("vs sdpa", "vs_peer", ".2f"), ("vs best peer", "vs_best_peer", ".2f"),
-    ("kept MB", "saved_mb", ".1f"), ("peak MB", "peak_mb", ".1f"), *CHECKS,
+    ("kept MB", "saved_mb", ".1f"), PEAK, *CHECKS,
 ]
 # fmt: on
 
@@ -215,6 +222,8 @@ _OURS = tuple(
     f"fastmim {word}"
     for word in ("auto", "triton", "sdpa", "flash", "cudnn", "efficient", "xformers")
 )
+_ALWAYS = ("plain", "sdpa", *_OURS)  # that these fail is no refusal
+_LIBRARIES = {"xformers": "xformers", "flash-attn": "flash_attn"}  # peer to its module
 
 
 def _asked(word: str, attention: Program, *given: Tensor) -> Tensor:
@@ -228,46 +237,70 @@ def _gradients(program: Program, given: tuple[Tensor, ...], grad: Tensor) -> lis
     return [out.detach(), *torch.autograd.grad(out, leaves, grad)]
 
 
-def _error(program: Program, sizes: Sizes, device: torch.device) -> float:
-    """Largest relative error of the result and of the gradients."""
+def _errors(
+    names: Iterable[str], sizes: Sizes, device: torch.device
+) -> tuple[dict[str, float | Lost], dict[str, str]]:
+    """Largest relative error of the result and of the gradients, and which peers do not serve."""
     given = sizes.inputs(device, _CHECKED)
-    plain = programs(sizes, device, _CHECKED)["plain"]
-    grad = torch.randn_like(plain(*given))
-    truth = _gradients(plain, tuple(t.double() for t in given), grad.double())
-    ratios = [
-        (got.double() - right).norm() / right.norm()
-        for got, right in zip(_gradients(program, given, grad), truth, strict=True)
-    ]
-    return float(torch.stack(ratios).max())
+    grad = torch.randn_like(given[0] if sizes.queries else given[0].select(-3, 0))
+    every = programs(sizes, device, _CHECKED)
+    truth = attempt(_gradients, every["plain"], tuple(t.double() for t in given), grad.double())
+    errors, absent = {}, {}
+    for name in names:
+        found = attempt(
+            _error, name, functools.partial(_gradients, every[name], given, grad), truth
+        )
+        if isinstance(found, str):
+            absent[name] = found
+        else:
+            errors[name] = found
+    return errors, absent
 
 
-def _serving(sizes: Sizes, device: torch.device, say: Callable[[str], None]) -> dict[str, float]:
-    """Error of each program that serves; the others are said, with the reason."""
-    errors = {}
-    refused = _refused(sizes, device)
-    for name, program in programs(sizes, device, _CHECKED).items():
-        reason = refused.get(name)
-        if reason is None:
-            try:
-                errors[name] = _error(program, sizes, device)
-            except (ImportError, NotImplementedError, RuntimeError, ValueError) as refusal:
-                reason = str(refusal).strip().splitlines()[0]
-        if reason is not None:
-            say(f"  {name}: not here: {reason}")
-    return errors
+def _error(
+    name: str, call: Callable[[], list[Tensor]], truth: list[Tensor] | Lost
+) -> float | Lost | str:
+    """Of a program's first call; of a peer that does not serve, why."""
+    try:
+        results = call()  # without a truth too: whoever is timed has been called
+    except (ImportError, NotImplementedError, RuntimeError, ValueError) as refusal:
+        if name in _ALWAYS or out_of_memory(refusal):
+            raise
+        return next(iter(str(refusal).strip().splitlines()), type(refusal).__name__)
+    return truth if isinstance(truth, Lost) else relative(results, truth)
+
+
+def _stand_ins(sizes: Sizes, device: torch.device) -> list[Tensor]:
+    """Of one image, to be asked who can serve: shapes without the memory."""
+    value = torch.empty((), dtype=sizes.dtype, device=device)
+    return [value.expand(shape) for shape in sizes.shapes(1)]
 
 
 def _refused(sizes: Sizes, device: torch.device) -> dict[str, str]:
-    """Of ours, those that cannot serve, and FlexAttention where it has no gradient."""
-    given = sizes.inputs(device, 1)
+    """Of ours, those that cannot serve, and what PyTorch does not have on a CPU."""
     longest = None if sizes.lengths is None else max(sizes.lengths)
-    found = attention_backends(*given, max_seqlen=longest)
+    found = attention_backends(*_stand_ins(sizes, device), max_seqlen=longest)
     refused = {f"fastmim {name}": why for name, why in found.items() if why is not None}
     if device.type == "cpu":
         refused["flex"] = "FlexAttention has no backward pass on a CPU"
         for name in ("sdpa-cudnn", "sdpa-efficient"):
             refused[name] = "PyTorch has it on GPUs alone"
     return refused
+
+
+def _backend(name: str, sizes: Sizes, device: torch.device) -> dict:
+    """Fields of a row: what computes, and versions of its libraries."""
+    if name in _LIBRARIES:
+        return dict(backend=name, libraries=libraries([_LIBRARIES[name]]))
+    if name not in _OURS:
+        return served_by("torch")
+    call = (*_stand_ins(sizes, device), sizes.head_dim**-0.5)
+    if sizes.lengths is not None:
+        call = (call[0], sizes.starts(device, 1), max(sizes.lengths), call[1])
+    word = name.split()[1]
+    with use_attention(word):
+        served = served_by(OPS[_operator(sizes)].choose(device, call))
+    return served | (dict(libraries=libraries([word])) if word in _LIBRARIES else {})
 
 
 WORDS = {"op": ["attention", "attention_queries", "attention_varlen"], "peer": list(_PEERS)}
@@ -288,50 +321,75 @@ def describe() -> list[str]:
 
 def run(options: Options) -> Iterator[dict]:
     """A row for every shape, pass and program that serves."""
-    device = options.device
     for shape in options.shapes:
         sizes = SHAPES[shape]
-        if options.operators is not None and _operator(sizes) not in options.operators:
-            continue
-        batch = _SMOKE_BATCH if options.smoke else sizes.batch
-        options.say(f"attention {shape}")
-        errors = {
-            name: error
-            for name, error in _serving(sizes, device, options.say).items()
-            if name in ("sdpa", *_OURS) or options.wants(name)
+        if options.operators is None or _operator(sizes) in options.operators:
+            options.say(f"attention {shape}")
+            yield from _compare(shape, sizes, options)
+
+
+def _compare(shape: str, sizes: Sizes, options: Options) -> Iterator[dict]:
+    device, batch = options.device, _SMOKE_BATCH if options.smoke else sizes.batch
+    every = programs(sizes, device, batch)
+    asked = [name for name in every if name in ("sdpa", *_OURS) or options.wants(name)]
+    refused = _refused(sizes, device)
+    absent = {name: refused[name] for name in asked if name in refused}
+    left = [name for name in asked if name not in absent]
+    found = attempt(_errors, left, sizes, device)
+    errors, declined = (dict.fromkeys(left, found), {}) if isinstance(found, Lost) else found
+    given = attempt(sizes.inputs, device, batch)
+    lost = {name: error for name, error in errors.items() if failed(error)}
+    if isinstance(given, Lost):
+        lost = dict.fromkeys(errors, given)
+    kept = {name: attempt(_kept_mb, every[name], given) for name in errors if name not in lost}
+    once = dict(absent=absent | declined)
+    for mode in _MODES:
+        calls = {
+            name: lost.get(name) or attempt(_call, mode, every[name], given) for name in errors
         }
-        given = sizes.inputs(device, batch)
-        every = programs(sizes, device, batch)
-        memory = {name: _memory(every[name], given, device) for name in errors}
-        for mode in _MODES:
-            calls = {name: _call(mode, every[name], given) for name in errors}
-            timings = interleave(calls, **options.timing(), kernels=True)
-            rows = {name: timing.row() for name, timing in timings.items()}
-            peers = [n for n, row in rows.items() if n not in _OURS and row["status"] == "ok"]
-            best = min(peers, key=lambda name: rows[name]["y_value_50"], default=None)
-            moved, dtype = _bytes(mode, given), _DTYPES[sizes.dtype]
-            flops = _FLOPS[mode] * sizes.scores(batch) * sizes.head_dim
-            floor = options.ceilings.floor(moved, flops, dtype)
-            for name, measured in rows.items():
-                yield dict(
-                    suite=NAME,
-                    kernel_name=_operator(sizes),
-                    kernel_provider=name,
-                    kernel_operation_mode=mode,
-                    case=mode,
-                    shape=shape,
-                    dtype=dtype,
-                    x_name="batch",
-                    x_value=batch,
-                    **measured,
-                    **options.against_floor(measured["y_value_50"], floor, moved, flops),
-                    vs_peer=speedup(timings[name], timings["sdpa"]),
-                    vs_best_peer=speedup(timings[name], timings[best]) if best else None,
-                    best_peer=best,
-                    **memory[name],
-                    error=errors[name],
-                    match=errors[name] <= _TOLERANCE[sizes.dtype],
-                )
+        timings, peaks = timed(calls, errors, options)
+        best = _best_peer(timings)
+        for name, timing in timings.items():
+            yield dict(
+                suite=NAME,
+                shape=shape,
+                kernel_provider=name,
+                **_row(mode, sizes, batch, timing, options),
+                **_backend(name, sizes, device),
+                vs_peer=speedup(timing, timings.get("sdpa", Timing())),
+                vs_best_peer=speedup(timing, timings[best]) if best else None,
+                best_peer=best,
+                **peaks[name],
+                saved_mb=kept[name] if isinstance(kept.get(name), float) else None,
+                **verdict(timing, errors[name], _TOLERANCE[sizes.dtype]),
+                **once,
+            )
+            once = {}
+
+
+def _best_peer(timings: Mapping[str, Timing]) -> str | None:
+    medians = {name: timing.row()["y_value_50"] for name, timing in timings.items()}
+    peers = [name for name, ms in medians.items() if name not in _OURS and ms is not None]
+    return min(peers, key=medians.__getitem__, default=None)
+
+
+def _row(mode: str, sizes: Sizes, batch: int, timing: Timing, options: Options) -> dict:
+    """What is computed, how fast, and how near to the least."""
+    measured, dtype = timing.row(), _DTYPES[sizes.dtype]
+    ms, moved = measured["y_value_50"], _bytes(mode, sizes, batch)
+    flops = _FLOPS[mode] * sizes.scores(batch) * sizes.head_dim
+    floor = options.ceilings.floor(moved, flops, dtype)
+    return dict(
+        kernel_name=_operator(sizes),
+        kernel_operation_mode=mode,
+        case=mode,
+        dtype=dtype,
+        x_name="batch",
+        x_value=batch,
+        **measured,
+        images_per_second=images_per_second(batch, ms),
+        **options.against_floor(ms, floor, moved, flops, dtype),
+    )
 
 
 def _operator(sizes: Sizes) -> str:
@@ -352,22 +410,16 @@ def _call(mode: str, program: Program, given: tuple[Tensor, ...]) -> Callable[[]
     return lambda: torch.autograd.grad(program(*leaves), leaves, grad)
 
 
-def _bytes(mode: str, given: tuple[Tensor, ...]) -> int:
+def _bytes(mode: str, sizes: Sizes, batch: int) -> int:
     """That must be moved: inputs read and result written; these and gradients; both passes."""
-    inputs = sum(t.nbytes for t in given)
-    out = given[0].nbytes // (3 if len(given) == 1 else 1)
+    values = [math.prod(shape) for shape in sizes.shapes(batch)]
+    inputs = sum(values) * sizes.dtype.itemsize
+    out = values[0] // (3 if len(values) == 1 else 1) * sizes.dtype.itemsize
     passes = {"forward": inputs + out, "backward": 2 * inputs + out}
     return passes.get(mode, sum(passes.values()))
 
 
-def _memory(program: Program, given: tuple[Tensor, ...], device: torch.device) -> dict:
-    """Kept for the backward pass beside the inputs; peak of both passes beside them on a GPU."""
+def _kept_mb(program: Program, given: tuple[Tensor, ...]) -> float:
+    """Kept for the backward pass beside the inputs."""
     leaves = [t.detach().requires_grad_() for t in given]
-    kept = saved_bytes(lambda: program(*leaves).float().sum(), leaves)
-    if device.type != "cuda":
-        return dict(saved_mb=kept / 1e6, peak_mb=None)
-    before = torch.cuda.memory_allocated(device)
-    torch.cuda.reset_peak_memory_stats(device)
-    program(*leaves).sum().backward()
-    peak = torch.cuda.max_memory_allocated(device) - before
-    return dict(saved_mb=kept / 1e6, peak_mb=peak / 1e6)
+    return saved_bytes(lambda: program(*leaves).float().sum(), leaves) / 1e6

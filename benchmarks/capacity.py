@@ -14,14 +14,14 @@ def memory_in_use(device: torch.device) -> float | None:
     """GiB of this process: resident on a CPU, allocated on a GPU; None if the system is silent."""
     if device.type == "cuda":
         return torch.cuda.memory_allocated(device) / 2**30
-    return _read("/proc/self/status", "VmRSS:")
+    return gib_of("/proc/self/status", "VmRSS:")
 
 
 def total_memory(device: torch.device, host_share: float = _HOST_SHARE) -> float:
     """GiB that a benchmark may take: all of a GPU, a share of what is available on the host."""
     if device.type == "cuda":
         return torch.cuda.mem_get_info(device)[1] / 2**30
-    left = [_read("/proc/meminfo", "MemAvailable:"), _left_to_container()]
+    left = [gib_of("/proc/meminfo", "MemAvailable:"), _left_to_container()]
     return host_share * min((gib for gib in left if gib is not None), default=float("inf"))
 
 
@@ -39,7 +39,7 @@ def limited_memory(device: torch.device, gib: float) -> Iterator[None]:
         finally:
             torch.cuda.set_per_process_memory_fraction(1.0, device)
         return
-    mapped, resident = _read("/proc/self/status", "VmSize:"), memory_in_use(device)
+    mapped, resident = gib_of("/proc/self/status", "VmSize:"), memory_in_use(device)
     before = resource.getrlimit(resource.RLIMIT_AS)
     if mapped is not None:
         limit = int((mapped - resident + gib) * 2**30)
@@ -58,7 +58,7 @@ def _left_to_container(folder: Path = Path("/sys/fs/cgroup")) -> float | None:
     return (int(limit.read_text()) - int(used.read_text())) / 2**30
 
 
-def _read(path: str, field: str) -> float | None:
+def gib_of(path: str, field: str) -> float | None:
     """A field of a file of /proc, given in kB, as GiB."""
     file = Path(path)
     lines = file.read_text().splitlines() if file.exists() else []

@@ -24,6 +24,8 @@ import fastmim
 _OWN_OPTIONS = ("--compare", "--turns", "--json", "--csv", "--plot")
 _NATIVE = ("csrc", "CMakeLists.txt", "setup.py")  # of which the compiled part is made
 _RESAMPLES = 2000
+# Of the rows of this side, about all.
+_ABOUT = ("gpu_name", "cpu_name", "threads", "torch", "triton", "cuda", "commit", "run")
 # fmt: off
 COLUMNS: list[Column] = [
     ("suite", "suite", ""), ("shape", "shape", ""), ("what", "kernel_name", ""),
@@ -47,8 +49,24 @@ class Side(NamedTuple):
     folder: Path | None
 
 
-def main(revision: str, words: Sequence[str], turns: int, say: Callable[[str], None]) -> int:
-    """Measure both, print the ratios; 1 if a run fails."""
+def main(
+    revision: str,
+    words: Sequence[str],
+    turns: int,
+    json: Path | None,
+    table: Path | None,
+    say: Callable[[str], None],
+) -> int:
+    """Measure both, print the ratios and write them; 1 if a run fails.
+
+    Args:
+        revision: The other commit.
+        words: Of the command line.
+        turns: Runs of each side.
+        json: File to which the ratios are appended.
+        table: File for them as CSV.
+        say: Takes a line about progress.
+    """
     try:
         commit = git("rev-parse", "--verify", "--quiet", f"{revision}^{{commit}}")
     except (OSError, subprocess.CalledProcessError):
@@ -71,6 +89,13 @@ def main(revision: str, words: Sequence[str], turns: int, say: Callable[[str], N
     ratios = compared(results["this"], results["other"])
     print(f"\nthis checkout against {commit[:10]}, {turns} turns each; 95 % by bootstrap")
     print(rows_of.text(ratios, COLUMNS))
+    about = {field: results["this"][0][0].get(field) for field in _ABOUT}
+    ratios = [{**about, "other_commit": commit[:10], "turns": turns, **row} for row in ratios]
+    if json is not None:
+        for row in ratios:
+            rows_of.append(json, row)
+    if table is not None:
+        rows_of.write_csv(table, ratios)
     return 0
 
 
@@ -150,7 +175,7 @@ def compared(this: list[list[dict]], other: list[list[dict]]) -> list[dict]:
 
 def _ratio(about: dict, pairs: list[tuple[dict, dict]]) -> dict:
     row = {field: about.get(field) for field in rows_of.KEY}
-    if not all(side["match"] and side.get("block_ms") for pair in pairs for side in pair):
+    if not all(_has_time(side) for pair in pairs for side in pair):
         return {**row, "verdict": "no time: wrong, or out of memory"}
     ours, theirs = (
         [np.array(side["block_ms"]) for side in sides] for sides in zip(*pairs, strict=True)
@@ -165,6 +190,10 @@ def _ratio(about: dict, pairs: list[tuple[dict, dict]]) -> dict:
         "high": high,
         "verdict": "faster" if low > 1 else "slower" if high < 1 else "no difference",
     }
+
+
+def _has_time(row: dict) -> bool:
+    return row["match"] is not False and bool(row.get("block_ms"))
 
 
 def confidence(this: list[np.ndarray], other: list[np.ndarray]) -> tuple[float, float, float]:

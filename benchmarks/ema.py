@@ -1,11 +1,13 @@
 """Suite ``ema``: optimizer and teacher updates, against PyTorch's own and their floor."""
 
 import functools
-from collections.abc import Callable, Iterator
+import itertools
+from collections.abc import Callable, Iterator, Sequence
 
 import torch
-from measure import interleave, speedup
-from suite import CHECKS, FLOOR, TIMES, Column, Options
+from measure import Lost, attempt, speedup
+from ops import served_by, timed, verdict
+from suite import CHECKS, FLOOR, PEAK, TIMES, Column, Options
 from torch import Tensor
 
 from fastmim import create_model
@@ -15,7 +17,8 @@ NAME = "ema"
 # fmt: off
 COLUMNS: list[Column] = [
     ("shape", "shape", ""), ("operator", "kernel_name", ""), ("program", "kernel_provider", ""),
-    ("values", "x_value", ",d"), *TIMES, *FLOOR, ("vs torch", "vs_peer", ".2f"), *CHECKS,
+    ("values", "x_value", ",d"), *TIMES, *FLOOR, ("vs torch", "vs_peer", ".2f"), PEAK,
+    *CHECKS,
 ]
 # fmt: on
 WORDS = {"op": ["adamw_ema_", "ema_update_"]}
@@ -30,10 +33,11 @@ SHAPES = {
 DEFAULT = {"cpu": ["tiny32", "rc_small", "small224", "base"], "cuda": ["base", "large"]}
 _CONSTANTS = dict(lr=1e-3, betas=(0.9, 0.95), eps=1e-8, weight_decay=0.05)
 _MOMENTUM = 0.996
-_TOLERANCE = 1e-6  # relative error of each list of tensors (Euclidean norm), float32
+TOLERANCE = 1e-6  # relative error of each list of tensors (Euclidean norm), float32
 # Least bytes per parameter, each value read or written once: AdamW reads p, g, m, v and writes
 # p, m, v; the EMA reads p, t and writes t. In one pass p is not read again.
 _BYTES = {"adamw_ema_": 36, "ema_update_": 12}
+Key = tuple[str, str]  # operator, provider
 
 
 class State:
@@ -93,18 +97,11 @@ class State:
         with use_backend(backend):
             ema_update_(self.teachers, self.params, _MOMENTUM)
 
-    def programs(self) -> dict[tuple[str, str], Callable[[], None]]:
-        """Operator and provider to its call."""
-        calls = {
-            ("adamw_ema_", "torch"): self.torch_adamw_ema,
-            ("ema_update_", "torch"): self.torch_ema,
-        }
-        device = self.params[0].device
-        for name, call in (("adamw_ema_", self.adamw_ema), ("ema_update_", self.ema)):
-            for backend in OPS[name].backends:
-                if OPS[name].unavailable(backend, device) is None:
-                    calls[name, backend] = functools.partial(call, backend)
-        return calls
+    def program(self, operator: str, provider: str) -> Callable[[], None]:
+        if provider == "torch":
+            return self.torch_adamw_ema if operator == "adamw_ema_" else self.torch_ema
+        ours = self.adamw_ema if operator == "adamw_ema_" else self.ema
+        return functools.partial(ours, provider)
 
 
 def describe() -> list[str]:
@@ -117,25 +114,22 @@ def describe() -> list[str]:
 def run(options: Options) -> Iterator[dict]:
     """A row for every shape, operator and backend."""
     for shape in options.shapes:
-        with torch.device("meta"):
-            model = create_model(SHAPES[shape])
-        sizes = [p.shape for p in model.parameters() if p.requires_grad]
-        count = sum(size.numel() for size in sizes)
+        sizes = sizes_of(shape)
+        keys = keys_on(options.device, options.operators or WORDS["op"])
         options.say(f"ema {shape}: correctness")
-        errors = _errors(sizes, options.device)
-        programs = {
-            key: program
-            for key, program in State(sizes, options.device).programs().items()
-            if options.operators is None or key[0] in options.operators
-        }
-        options.say(f"ema {shape}: timing {len(programs)} programs")
-        timings = interleave(programs, **options.timing(), kernels=True)
-        for (name, provider), timing in timings.items():
+        errors = errors_of(keys, sizes, options.device)
+        options.say(f"ema {shape}: timing {len(keys)} programs")
+        state = attempt(State, sizes, options.device)
+        programs = {key: state if isinstance(state, Lost) else state.program(*key) for key in keys}
+        timings, peaks = timed(programs, errors, options)
+        count = sum(size.numel() for size in sizes)
+        for key, timing in timings.items():
+            name, provider = key
             measured = timing.row()
             moved = count * _BYTES[name]
             floor = options.ceilings.floor(moved)
             yield dict(
-                suite="ema",
+                suite=NAME,
                 kernel_name=name,
                 kernel_provider=provider,
                 kernel_operation_mode="full",
@@ -144,31 +138,62 @@ def run(options: Options) -> Iterator[dict]:
                 dtype="fp32",
                 x_name="parameters",
                 x_value=count,
+                **served_by(provider),
                 **measured,
-                **options.against_floor(measured["y_value_50"], floor, moved, 0),
+                images_per_second=None,
+                **options.against_floor(measured["y_value_50"], floor, moved, 0, "fp32"),
                 vs_peer=speedup(timing, timings[name, "torch"]),
-                error=errors[name, provider],
-                match=errors[name, provider] <= _TOLERANCE,
+                **peaks[key],
+                **verdict(timing, errors[key], TOLERANCE),
             )
 
 
-def _errors(sizes: list[torch.Size], device: torch.device) -> dict[tuple[str, str], float]:
-    """Largest relative error of parameters, moments and teachers after two updates by each backend.
+def sizes_of(shape: str) -> list[torch.Size]:
+    """Of the parameters that are updated."""
+    with torch.device("meta"):
+        model = create_model(SHAPES[shape])
+    return [p.shape for p in model.parameters() if p.requires_grad]
 
-    PyTorch's own update of the same state is the truth.
+
+def keys_on(device: torch.device, operators: Sequence[str]) -> list[Key]:
+    """PyTorch and every backend that can serve, of each of these operators."""
+    keys = []
+    for name in filter(operators.__contains__, WORDS["op"]):
+        found = [b for b in OPS[name].backends if OPS[name].unavailable(b, device) is None]
+        keys += [(name, provider) for provider in ("torch", *found)]
+    return keys
+
+
+def errors_of(
+    keys: Sequence[Key], sizes: list[torch.Size], device: torch.device
+) -> dict[Key, float | Lost]:
+    """Largest relative error of parameters, moments and teachers, or why there is none.
+
+    After two updates; PyTorch's own of the same state are the truth.
     """
     errors = {}
-    expected: dict[str, State] = {}
-    for name, provider in State(sizes, device).programs():  # torch comes first
-        state = State(sizes, device)
-        for _ in range(2):
-            state.programs()[name, provider]()
-        truth = expected.setdefault(name, state)
-        errors[name, provider] = max(
-            _distance(getattr(state, field), getattr(truth, field))
-            for field in ("params", "exp_avgs", "exp_avg_sqs", "teachers")
-        )
+    for name, group in itertools.groupby(keys, key=lambda key: key[0]):
+        truth = attempt(_updated, (name, "torch"), sizes, device)
+        errors |= {key: attempt(_error, key, truth, sizes, device) for key in group}
     return errors
+
+
+def _error(
+    key: Key, truth: State | Lost, sizes: list[torch.Size], device: torch.device
+) -> float | Lost:
+    state = _updated(key, sizes, device)  # without a truth too: whoever is timed has been called
+    if isinstance(truth, Lost):
+        return truth
+    fields = ("params", "exp_avgs", "exp_avg_sqs", "teachers")
+    ratios = [_distance(getattr(state, field), getattr(truth, field)) for field in fields]
+    return float(torch.tensor(ratios).max())  # NaN stays NaN, which no tolerance admits
+
+
+def _updated(key: Key, sizes: list[torch.Size], device: torch.device) -> State:
+    state = State(sizes, device)
+    for _ in range(2):
+        state.program(*key)()
+    return state
 
 
 def _distance(values: list[Tensor], truth: list[Tensor]) -> float:

@@ -9,16 +9,19 @@ those in ``$FASTMIM_SHARED/data``; without that folder JPEGs are drawn.
 import contextlib
 import io
 import itertools
+import math
 import os
 import statistics
 import tempfile
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 import torch
+from machine import libraries
+from measure import Lost, attempt, judged, peak_of_call, status_of
 from PIL import Image
 from suite import Column, Options
 from torch import Tensor
@@ -39,13 +42,16 @@ COLUMNS: list[Column] = [
     ("shape", "shape", ""), ("pictures", "pictures", ""), ("program", "kernel_provider", ""),
     ("workers", "x_value", "d"), ("batch", "batch", "d"), ("ms", "y_value_50", ".2f"),
     ("p20", "y_value_20", ".2f"), ("p80", "y_value_80", ".2f"),
-    ("img/s", "images_per_second", ".0f"), ("waited ms", "waited_ms", ".2f"),
-    ("vs pillow", "vs_peer", ".2f"), ("match", "match", ""),
+    ("img/s", "images_per_second", ".0f"), ("% of copy", "percent_of_floor", ".1f"),
+    ("waited ms", "waited_ms", ".2f"), ("vs pillow", "vs_peer", ".2f"),
+    ("match", "match", ""), ("status", "status", ""),
 ]
 # fmt: on
 WORDS: dict[str, list[str]] = {"peer": ["pillow"]}
 _AHEAD = 2  # batches that a worker of either loader prepares in advance
 _DRAWN = {32: 512, 224: 48}  # pictures drawn, by the side of the crops
+_NO_PEAK = dict(peak_memory_gib=None, peak_reserved_gib=None)
+_DECODERS = {"fastmim": "simplejpeg", "pillow": "pillow"}
 _SAME_PIXELS = 3.0  # of 255: mean difference of two JPEG decoders
 
 
@@ -69,15 +75,19 @@ def _compare(shape: str, folder: Path, side: int, batch: int, options: Options) 
     programs = [p for p in ("fastmim", "pillow") if options.wants(p)]
     counts = _worker_counts(options.smoke)
     options.say(f"{NAME} {shape}: {len(programs)} programs with {counts} workers")
-    match = {"fastmim": _same_batches(folder, side, batch, counts), "pillow": _same_pixels(folder)}
-    found: dict[tuple[str, int], _Rate] = {}
+    right = {"fastmim": _same_batches(folder, side, batch, counts), "pillow": _same_pixels(folder)}
+    makers = {"fastmim": _fastmim, "pillow": _pillow}
+    found: dict[tuple[str, int], _Rate | Lost] = {}
     for workers, program in itertools.product(counts, programs):
-        makers = {"fastmim": _fastmim, "pillow": _pillow}
-        with makers[program](folder, side, batch, workers) as batches:
-            found[program, workers] = _rate(batches, workers, options)
+        case = (makers[program], folder, side, batch, workers, options)
+        found[program, workers] = attempt(_rate, *case)
     for (program, workers), rate in found.items():
+        lost = rate if isinstance(rate, Lost) else None
+        p20, p50, p80 = (None,) * 3 if lost else np.quantile(rate.seconds, [0.2, 0.5, 0.8]) * 1e3
         peer = found.get(("pillow", workers))
-        p20, p50, p80 = np.quantile(rate.seconds, [0.2, 0.5, 0.8]) * 1e3
+        compared = lost is None and isinstance(peer, _Rate)
+        least = batch * 3 * side**2  # of uint8: the crops are written once
+        floor = options.ceilings.floor(least)
         yield dict(
             suite=NAME,
             shape=shape,
@@ -90,51 +100,71 @@ def _compare(shape: str, folder: Path, side: int, batch: int, options: Options) 
             x_value=workers,
             batch=batch,
             pictures=folder.name,
-            status="ok",
-            y_value_20=float(p20),
-            y_value_50=float(p50),
-            y_value_80=float(p80),
-            n=len(rate.seconds),
-            images_per_second=batch / rate.median,
-            waited_ms=rate.waited * 1e3,
-            vs_peer=None if peer is None else peer.median / rate.median,
-            match=match[program],
+            **_decoder(program),
+            **status_of(lost),
+            y_value_20=p20,
+            y_value_50=p50,
+            y_value_80=p80,
+            n=0 if lost else len(rate.seconds),
+            images_per_second=None if lost else batch / rate.median,
+            waited_ms=None if lost else rate.waited * 1e3,
+            vs_peer=peer.median / rate.median if compared else None,
+            **(_NO_PEAK if lost else rate.peak),
+            **options.against_floor(p50, floor, least, 0, "fp32"),
+            **judged(lost, 0.0 if right[program] else math.inf, 0.0),
         )
+
+
+def _decoder(program: str) -> dict:
+    """Fields of a row: what decodes, and its version."""
+    name = _DECODERS[program]
+    return dict(backend=name, libraries=libraries([name]))
 
 
 @dataclass
 class _Rate:
-    """Seconds of each batch, and those a step of twice that length waited for one."""
+    """Of a loader.
+
+    Attributes:
+        seconds: Of each batch.
+        waited: Seconds that a step of twice that length waited for a batch.
+        peak: Fields of a row: of this process while a batch is fetched.
+    """
 
     seconds: list[float]
     waited: float
+    peak: dict
 
     @property
     def median(self) -> float:
         return statistics.median(self.seconds)
 
 
-def _rate(batches: Iterator, workers: int, options: Options) -> _Rate:
+def _rate(
+    maker: Callable, folder: Path, side: int, batch: int, workers: int, options: Options
+) -> _Rate:
     """Time batches in blocks of so many as all workers hold, the first block aside."""
-    block = max(1, workers * _AHEAD)
-    for _ in range(2 * block):
-        next(batches)
-    seconds: list[float] = []
-    begin = time.perf_counter()
-    least = options.rounds * options.block_seconds / 2
-    while len(seconds) < 2 or time.perf_counter() - begin < least:
-        start = time.perf_counter()
-        for _ in range(block):
+    with maker(folder, side, batch, workers) as batches:
+        block = max(1, workers * _AHEAD)
+        for _ in range(2 * block):
             next(batches)
-        seconds.append((time.perf_counter() - start) / block)
-    step = 2 * statistics.median(seconds)
-    waits = []
-    for _ in range(max(2, min(block, round(2 / step)))):
-        time.sleep(step)
-        start = time.perf_counter()
-        next(batches)
-        waits.append(time.perf_counter() - start)
-    return _Rate(seconds, statistics.median(waits))
+        seconds: list[float] = []
+        begin = time.perf_counter()
+        least = options.rounds * options.block_seconds / 2
+        while len(seconds) < 2 or time.perf_counter() - begin < least:
+            start = time.perf_counter()
+            for _ in range(block):
+                next(batches)
+            seconds.append((time.perf_counter() - start) / block)
+        step = 2 * statistics.median(seconds)
+        waits = []
+        for _ in range(max(2, min(block, round(2 / step)))):
+            time.sleep(step)
+            start = time.perf_counter()
+            next(batches)
+            waits.append(time.perf_counter() - start)
+        peak = peak_of_call(lambda: next(batches), torch.device("cpu"))
+    return _Rate(seconds, statistics.median(waits), peak)
 
 
 def _worker_counts(smoke: bool) -> list[int]:

@@ -2,15 +2,18 @@
 
 import datetime
 import functools
+import importlib.metadata
 import os
 import shutil
 import subprocess
 import time
+from collections.abc import Sequence
 from pathlib import Path
 
 import torch
 
 from fastmim.info import report
+from fastmim.ops import OPS
 
 # field of the row, of nvidia-smi
 _GPU_STATE = {
@@ -42,6 +45,28 @@ def environment(device: torch.device, *, smoke: bool) -> dict:
         run=timestamp(),
         smoke=smoke,
     )
+
+
+def serving(device: torch.device) -> str:
+    """What serves fastmim's operators on a device, and those that something else serves."""
+    chosen: dict[str, list[str]] = {}
+    for name, op in OPS.items():
+        chosen.setdefault(op.choose(device), []).append(name)
+    most = max(chosen, key=lambda backend: len(chosen[backend]))
+    others = (f"{b} for {', '.join(names)}" for b, names in chosen.items() if b != most)
+    return "; ".join([most, *others])
+
+
+def libraries(modules: Sequence[str]) -> dict[str, str | None]:
+    """Versions of the packages of some modules; None of one that does not tell."""
+    return {name: _version(name) for name in (module.partition(".")[0] for module in modules)}
+
+
+def _version(package: str) -> str | None:
+    try:
+        return importlib.metadata.version(package)
+    except importlib.metadata.PackageNotFoundError:
+        return None
 
 
 class Clocks:

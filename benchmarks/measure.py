@@ -1,22 +1,27 @@
 """Interleaved timing with the quiet rule, ceilings, saved-for-backward bytes, and peak memory."""
 
 import contextlib
+import ctypes
 import gc
 import itertools
 import math
 import multiprocessing
 import os
+import signal
 import statistics
 import sys
 import time
-from collections.abc import Callable, Iterable, Iterator, Mapping
-from concurrent.futures import ProcessPoolExecutor
-from concurrent.futures.process import BrokenProcessPool
+import traceback
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from multiprocessing import forkserver
+from multiprocessing.connection import Connection
+from multiprocessing.context import BaseContext
 from pathlib import Path
-from typing import TypeVar
+from typing import NamedTuple, TypeVar
 
 import torch
+from capacity import gib_of, memory_in_use
 from roofline import Ceilings
 from torch import Tensor
 
@@ -51,19 +56,37 @@ class Block:
 _TURNS = itertools.count(1)
 
 
+class Lost(NamedTuple):
+    """Why a program has no figures.
+
+    Attributes:
+        status: "oom": memory did not suffice; "failed": anything else.
+        reason: A line.
+    """
+
+    status: str
+    reason: str
+
+
 @dataclass
 class Timing:
     """The blocks of one program, one per round.
 
     Attributes:
-        blocks: None of a program that ran out of memory.
+        blocks: None of a program that is lost.
         timed_by: clock: the host's; events: of the stream; graph: the same, replayed at once.
         turns: The same number for programs that took turns.
+        lost: Why there are no blocks.
     """
 
     blocks: list[Block] = field(default_factory=list)
     timed_by: str = "clock"
     turns: int = 0
+    lost: Lost | None = None
+
+    def lose(self, why: Lost) -> None:
+        self.blocks.clear()
+        self.lost = why
 
     def row(self) -> dict:
         """Median and spread in ms. If no block was quiet all count, and ``quiet`` is false."""
@@ -71,7 +94,7 @@ class Timing:
         every = [s for block in self.blocks for s in block.seconds]
         p20, p50, p80 = _quantiles(quiet or every) if every else (None, None, None)
         return dict(
-            status="ok" if every else "oom",
+            **status_of(self.lost),
             metric_name="ms",
             y_value_50=p50,
             y_value_20=p20,
@@ -93,7 +116,7 @@ def _quantiles(seconds: list[float]) -> list[float]:
 def speedup(timing: Timing, peer: Timing) -> float | None:
     """How many times as fast as the peer: median over rounds, so that drift cancels.
 
-    Rounds in which both were quiet; all rounds if there is none. None if one ran out of memory.
+    Rounds in which both were quiet; all rounds if there is none. None if one is lost.
     """
     if not timing.blocks or not peer.blocks:
         return None
@@ -115,17 +138,43 @@ def out_of_memory(error: BaseException) -> bool:
     return isinstance(error, RuntimeError) and ("can't allocate memory" in text or unnamed)
 
 
-def unless_out_of_memory(function: Callable[..., Result], *args) -> Result | None:
-    """What the call returns; None if memory does not suffice, which then is free again."""
+def attempt(function: Callable[..., Result], *args) -> Result | Lost:
+    """What the call returns; if it fails, why, and its memory is free again.
+
+    What went wrong, other than a lack of memory, is printed with its traceback.
+    """
     try:
         return function(*args)
-    except (RuntimeError, MemoryError) as error:
-        if not out_of_memory(error):
-            raise
+    except Exception as error:
+        lines = str(error).strip().splitlines() or [""]
+        lost = Lost(
+            "oom" if out_of_memory(error) else "failed", f"{type(error).__name__}: {lines[0]}"
+        )
+        if lost.status == "failed":
+            traceback.print_exc()
     gc.collect()
     if torch.cuda.is_initialized():
         torch.cuda.empty_cache()
-    return None
+    return lost
+
+
+def status_of(lost: Lost | None) -> dict:
+    """Fields of a row: whether it has figures, and why not."""
+    status, reason = lost or ("ok", None)
+    return dict(status=status, reason=reason)
+
+
+def judged(lost: Lost | None, error: float | None, tolerance: float) -> dict:
+    """Fields of a row: whether this very case was computed rightly.
+
+    Args:
+        lost: A failure is wrong; of what ran out of memory nothing is said.
+        error: Relative, to what is held to be right.
+        tolerance: Largest error that is right. NaN never is.
+    """
+    if lost is not None:
+        return dict(error=None, match=None if lost.status == "oom" else False)
+    return dict(error=error, match=None if error is None else error <= tolerance)
 
 
 def interleave(
@@ -151,15 +200,17 @@ def interleave(
             the stream, from a cold cache. Otherwise the whole call is timed by the host's clock.
 
     Returns:
-        A timing without blocks of a program that ran out of memory.
+        A timing without blocks of a program that ran out of memory or failed.
     """
     stopwatch = _Events if kernels and device.type == "cuda" else _Clock
     turns = next(_TURNS)
     timings = {name: Timing(turns=turns) for name in programs}
     timed = {}
     for name, program in programs.items():
-        ready = unless_out_of_memory(_warmed, stopwatch, program, device, warm_up)
-        if ready is not None:
+        ready = attempt(_warmed, stopwatch, program, device, warm_up)
+        if isinstance(ready, Lost):
+            timings[name].lose(ready)
+        else:
             timed[name] = ready
             timings[name].timed_by = ready.timed_by
     order = list(timed)
@@ -171,9 +222,9 @@ def interleave(
             if i >= 2 and time.perf_counter() - begin > seconds:
                 break
             for name in tuple(order):
-                block = unless_out_of_memory(_block, timed[name], block_seconds, device)
-                if block is None:
-                    timings[name].blocks.clear()
+                block = attempt(_block, timed[name], block_seconds, device)
+                if isinstance(block, Lost):
+                    timings[name].lose(block)
                     order.remove(name)
                 else:
                     timings[name].blocks.append(block)
@@ -362,29 +413,81 @@ def peak_memory(device: torch.device) -> dict:
             peak_reserved_gib=torch.cuda.max_memory_reserved(device) / 2**30,
         )
     # Not ru_maxrss: a child inherits its parent's.
-    status = Path("/proc/self/status")
-    lines = status.read_text().splitlines() if status.exists() else []
-    peaks = [int(line.split()[1]) / 2**20 for line in lines if line.startswith("VmHWM:")]
-    return dict(peak_memory_gib=peaks[0] if peaks else None, peak_reserved_gib=None)
+    return dict(peak_memory_gib=gib_of("/proc/self/status", "VmHWM:"), peak_reserved_gib=None)
 
 
-def in_fresh_process(function: Callable[..., dict], *args) -> dict | None:
+def peak_of_call(call: Callable[[], object], device: torch.device) -> dict:
+    """Peak of one call in GiB, without what was there before it.
+
+    Allocated and reserved on a GPU; on a CPU resident, to about a quarter of a MiB, and None where
+    the system does not forget an earlier peak.
+    """
+    if device.type == "cuda":
+        torch.cuda.empty_cache()
+        torch.cuda.reset_peak_memory_stats(device)
+        before = torch.cuda.memory_allocated(device), torch.cuda.memory_reserved(device)
+        call()
+        synchronize(device)
+        peak = peak_memory(device)
+        return {name: peak[name] - b / 2**30 for name, b in zip(peak, before, strict=True)}
+    before = memory_in_use(device) if _forget_peak() else None
+    call()
+    peak = None if before is None else gib_of("/proc/self/status", "VmHWM:") - before
+    return dict(peak_memory_gib=peak, peak_reserved_gib=None)
+
+
+def _forget_peak() -> bool:
+    """Give freed memory back and let the peak begin here; False if the system cannot."""
+    gc.collect()
+    try:
+        ctypes.CDLL(None).malloc_trim(0)
+        Path("/proc/self/clear_refs").write_text("5")
+    except (OSError, AttributeError):
+        return False
+    return True
+
+
+def in_fresh_process(
+    function: Callable[..., Result], *args, out_of_memory_by: Collection[int] = (signal.SIGKILL,)
+) -> Result | Lost:
     """Call an importable function where nothing else has been allocated yet.
 
-    Returns:
-        What it returns; None if its memory did not suffice or the system ended it for that.
+    Args:
+        function: To be called.
+        out_of_memory_by: Signals that end a process whose memory does not suffice. Without a limit
+            of its own that is the system's; under one, libraries give up in other ways.
     """
-    # The server has imported all of it and run nothing: its children start in milliseconds.
-    # PyTorch's optimizers import torch._dynamo, 0.15 GiB, where others do not: all have it.
+    context = start_server([function.__module__])
+    receiver, sender = context.Pipe(duplex=False)
+    process = context.Process(target=_answer, args=(sender, function, args))
+    process.start()
+    sender.close()
+    try:
+        return receiver.recv()
+    except EOFError:
+        pass  # it has ended without an answer
+    finally:
+        process.join()
+    if -process.exitcode in out_of_memory_by:
+        return Lost("oom", f"the process was ended by signal {-process.exitcode}")
+    return Lost("failed", f"the process ended with exit status {process.exitcode}")
+
+
+def start_server(modules: Sequence[str]) -> BaseContext:
+    """Let a server begin to import what fresh processes need; once, if it is called again.
+
+    It runs nothing else, so its children start in milliseconds.
+    """
     context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["torch._dynamo", function.__module__])
-    with ProcessPoolExecutor(1, mp_context=context) as pool:
-        try:
-            with _search_path_for_children():
-                result = pool.submit(unless_out_of_memory, function, *args)
-            return result.result()
-        except BrokenProcessPool:
-            return None
+    # PyTorch's optimizers import torch._dynamo, 0.15 GiB, where others do not: all have it.
+    context.set_forkserver_preload(["torch._dynamo", *modules])
+    with _search_path_for_children():
+        forkserver.ensure_running()
+    return context
+
+
+def _answer(sender: Connection, function: Callable, args: tuple) -> None:
+    sender.send(attempt(function, *args))
 
 
 @contextlib.contextmanager

@@ -9,13 +9,25 @@ sought around the guess until one fits and the next does not.
 import dataclasses
 import itertools
 import math
-from collections.abc import Callable, Iterator, Sequence
+import signal
+from collections.abc import Callable, Iterator, Mapping, Sequence
 
 import torch
 from capacity import limited_memory, total_memory
-from measure import in_fresh_process, peak_memory, synchronize
-from peers import OWN, PEERS, PROGRAMS, Case
+from measure import (
+    Lost,
+    attempt,
+    in_fresh_process,
+    judged,
+    peak_memory,
+    status_of,
+    synchronize,
+)
+from peers import OWN, PEERS, PROGRAMS, Case, StepProgram
+from roofline import least_memory, step_parts, step_total
+from steps import CHECKED_IMAGES, TOLERANCE, loss_and_gradients, truth_of
 from suite import Column, Options
+from torch import Tensor
 
 NAME = "memory"
 SHAPES = {
@@ -30,7 +42,8 @@ COLUMNS: list[Column] = [
     ("shape", "shape", ""), ("method", "method", ""), ("program", "kernel_provider", ""),
     ("dtype", "dtype", ""), ("what", "kernel_operation_mode", ""), ("batch", "x_value", "d"),
     ("peak GiB", "peak_memory_gib", ".2f"), ("reserved GiB", "peak_reserved_gib", ".2f"),
-    ("limit GiB", "limit_gib", ".1f"), ("status", "status", ""),
+    ("% of least", "percent_of_floor", ".0f"), ("limit GiB", "limit_gib", ".1f"),
+    ("error", "error", ".0e"), ("match", "match", ""), ("status", "status", ""),
 ]
 # fmt: on
 WORDS = {"method": ["rc_mae", "mae", "dbot", "sdae"], "peer": [*PEERS, *list(OWN)[1:]]}
@@ -39,9 +52,12 @@ _BY_DEFAULT = (
     "fastmim-lean-bf16-residual", "official", "plain", "hf",
 )  # fmt: skip
 _IN_QUICK = ("fastmim", "fastmim-lean", "plain")
+_IN_SMOKE = ("fastmim", "plain")
 _CPU_LIMIT_GIB = {"tiny32": 1.0}
 _OTHER_CPU_LIMIT_GIB = 3.0
 _SMOKE_BATCH = 8
+# By which libraries end a process that gets no more memory under a limit.
+_ENDED = (signal.SIGKILL, signal.SIGABRT, signal.SIGSEGV, signal.SIGBUS)
 _FINENESS = 8  # the largest batch is sought to a power of two of at most this part of it
 
 
@@ -65,24 +81,34 @@ def run(options: Options) -> Iterator[dict]:
     ):
         batch = _SMOKE_BATCH if options.smoke else batch
         case = Case(model, batch, method, dtype, options.device.type, options.images)
+        truth = attempt(_true_norms, case)
         limit = _limit(shape, options.device)
-        for name in _programs(options, short):
-            if PROGRAMS[name].missing(case) is not None:
-                continue
+        programs, absent = [], {}
+        for name in _programs(options):
+            reason = PROGRAMS[name].missing(case)
+            if reason is None:
+                programs.append(name)
+            else:
+                absent[name] = reason
+        for name in programs:
             options.say(f"{NAME} {shape} {method} {dtype}: {name}")
-            peaks = _Peaks(name, case, limit)
-            for count in (batch, 2 * batch):
-                yield _row(shape, case, name, "peak", count, peaks)
+            peaks = _Peaks(name, case, limit, truth)
+            modes = [("peak", batch), ("peak", 2 * batch)]
             if not short:
                 largest = find_largest(peaks.gib, (batch, 2 * batch), limit)
-                yield _row(shape, case, name, "largest batch", largest, peaks)
+                modes.append(("largest batch", largest))
+            for mode, count in modes:
+                row = _row(shape, case, name, mode, count, peaks, options)
+                yield {**row, "absent": absent} if name == "fastmim" else row
 
 
-def _programs(options: Options, short: bool) -> Sequence[str]:
+def _programs(options: Options) -> Sequence[str]:
     if options.peers is not None:
         asked = (name for name in options.peers if name in PROGRAMS)
         return list(dict.fromkeys(["fastmim", *asked]))
-    return _IN_QUICK if short else _BY_DEFAULT
+    if options.smoke:
+        return _IN_SMOKE
+    return _IN_QUICK if options.seconds < math.inf else _BY_DEFAULT
 
 
 def _limit(shape: str, device: torch.device) -> float:
@@ -100,26 +126,31 @@ class _Peaks:
         name: Of the program.
         case: With any batch.
         limit: GiB.
+        truth: What its losses and gradients are compared with.
     """
 
-    def __init__(self, name: str, case: Case, limit: float) -> None:
-        self._name, self._case, self.limit = name, case, limit
-        self._known: dict[int, dict | None] = {}
+    def __init__(self, name: str, case: Case, limit: float, truth: dict[str, float] | Lost) -> None:
+        self._name, self._case, self.limit, self._truth = name, case, limit, truth
+        self._known: dict[int, dict | Lost] = {}
 
-    def __call__(self, batch: int) -> dict | None:
-        """Peak of a batch; None if it does not fit."""
+    def __call__(self, batch: int) -> dict | Lost:
+        """Peak of a batch and its error."""
         if batch not in self._known:
             case = dataclasses.replace(self._case, batch=batch)
-            self._known[batch] = in_fresh_process(_peak, self._name, case, self.limit)
+            limited = _ENDED if case.device == "cpu" else _ENDED[:1]
+            self._known[batch] = in_fresh_process(
+                _peak, self._name, case, self.limit, self._truth, out_of_memory_by=limited
+            )
         return self._known[batch]
 
     def gib(self, batch: int) -> float | None:
+        """Peak of a batch; None if it does not fit."""
         measured = self(batch)
-        return None if measured is None else measured["peak_memory_gib"]
+        return None if isinstance(measured, Lost) else measured["peak_memory_gib"]
 
 
-def _peak(name: str, case: Case, limit: float) -> dict:
-    """Of two steps, in a process of its own.
+def _peak(name: str, case: Case, limit: float, truth: dict[str, float] | Lost) -> dict:
+    """Of two steps, in a process of its own, which first computes what can be compared.
 
     Raises:
         MemoryError: If the limit does not suffice.
@@ -128,18 +159,39 @@ def _peak(name: str, case: Case, limit: float) -> dict:
     with limited_memory(device, limit):
         try:
             program = PROGRAMS[name](case)
+            error = _error(program, case, truth)
             for batch in case.batches()[:2]:
                 program.step(batch)
             synchronize(device)
-        except RuntimeError as error:
+        except RuntimeError as refusal:
             # oneDNN's and the C++ library's words for it.
-            if any(words in str(error) for words in ("could not create a", "bad_alloc")):
-                raise MemoryError(str(error)) from error
+            if any(words in str(refusal) for words in ("could not create a", "bad_alloc")):
+                raise MemoryError(str(refusal)) from refusal
             raise
         measured = peak_memory(device)
     if (measured["peak_memory_gib"] or 0.0) > limit:  # the host gives pages without asking
         raise MemoryError(f"{measured['peak_memory_gib']:.2f} GiB are more than {limit:.2f}")
-    return measured
+    return dict(**measured, error=error)
+
+
+def _true_norms(case: Case) -> dict[str, float]:
+    """Norms of the loss and of every gradient: all of them would be a network to send."""
+    return _norms(truth_of(PROGRAMS["plain"], case))
+
+
+def _norms(values: Mapping[str, Tensor | None]) -> dict[str, float]:
+    return {name: float(value.double().norm()) for name, value in values.items()}
+
+
+def _error(program: StepProgram, case: Case, truth: dict[str, float] | Lost) -> float | None:
+    """Largest relative error of a norm; None if there is nothing to compare."""
+    if isinstance(truth, Lost) or case.batch < CHECKED_IMAGES:
+        return None
+    norms = _norms(loss_and_gradients(program, case))
+    program.student.zero_grad(set_to_none=True)
+    if norms.keys() != truth.keys():
+        return math.inf
+    return max(abs(norms[name] - size) / size for name, size in truth.items())
 
 
 def find_largest(
@@ -171,15 +223,24 @@ def find_largest(
     return batch
 
 
-def _row(shape: str, case: Case, name: str, mode: str, batch: int, peaks: _Peaks) -> dict:
-    measured = peaks(batch) if batch else None
+def _row(
+    shape: str, case: Case, name: str, mode: str, batch: int, peaks: _Peaks, options: Options
+) -> dict:
+    measured = peaks(batch) if batch else Lost("oom", "not even one image fits")
+    lost = measured if isinstance(measured, Lost) else None
+    found = {} if lost else measured
+    peak = found.get("peak_memory_gib")
+    total = step_total(
+        step_parts(case.model, case.method, batch, case.dtype), options.ceilings, case.dtype
+    )
+    against = options.against_floor(None, total.floor, total.bytes, total.flops, case.dtype)
+    least = least_memory(case.model, case.method, batch, case.dtype) / 2**30
     return dict(
         suite=NAME,
         shape=shape,
         kernel_name=f"{case.method}_step",
         kernel_provider=name,
         kernel_operation_mode=mode,
-        metric_name="GiB",
         model=case.model,
         method=case.method,
         dtype=case.dtype,
@@ -187,7 +248,16 @@ def _row(shape: str, case: Case, name: str, mode: str, batch: int, peaks: _Peaks
         x_name="batch",
         x_value=batch,
         limit_gib=peaks.limit,
-        status="oom" if measured is None else "ok",
-        match=True,  # the suite of steps compares the results of the same programs
-        **(measured or dict(peak_memory_gib=None, peak_reserved_gib=None)),
+        **PROGRAMS[name].backend(case),
+        **status_of(lost),
+        metric_name="GiB",
+        y_value_20=peak,
+        y_value_50=peak,
+        y_value_80=peak,
+        n=0 if peak is None else 1,
+        images_per_second=None,
+        peak_memory_gib=peak,
+        peak_reserved_gib=found.get("peak_reserved_gib"),
+        **{**against, "floor_gib": least, "percent_of_floor": peak and 100 * least / peak},
+        **judged(lost, found.get("error"), TOLERANCE[case.dtype]),
     )

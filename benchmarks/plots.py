@@ -35,7 +35,7 @@ def draw(rows: Sequence[dict], folder: Path) -> list[Path]:
     if importlib.util.find_spec("matplotlib") is None:
         print("no pictures: matplotlib is not installed (pip install '.[bench]')")
         return []
-    good = [row for row in rows if row.get("status", "ok") == "ok" and row["match"]]
+    good = [row for row in rows if row.get("status", "ok") == "ok" and row["match"] is not False]
     trained = [row for row in good if row["suite"] in ("step", "memory")]
     pictures = {
         "throughput": (

@@ -69,17 +69,18 @@ def render(results: Path, suites: Sequence[Suite]) -> str:
     """
     parts = [_HEAD, "## Measured\n"]
     for folder in sorted(path for path in results.iterdir() if path.is_dir()):
-        dates = [path for path in sorted(folder.glob("*.jsonl")) if _DATE.fullmatch(path.stem)]
-        if dates:
-            parts += _machine(folder.name, dates[-1], suites)
+        dated = [path for path in sorted(folder.glob("*.jsonl")) if _DATE.fullmatch(path.stem)]
+        if dated:
+            parts += _machine(folder.name, dated, suites)
     parts += [_PREDICTED, rows_of.markdown(list(_floors()), _FLOORS) + "\n"]
     return "\n".join(parts)
 
 
-def _machine(name: str, path: Path, suites: Sequence[Suite]) -> Iterator[str]:
-    """What the latest run on a machine says."""
-    rows = [row for row in rows_of.read(path) if not row.get("smoke")]
-    yield f"### {name}, {path.stem}\n"
+def _machine(name: str, dated: Sequence[Path], suites: Sequence[Suite]) -> Iterator[str]:
+    """What the files of a machine say, of which the latest word on every case counts."""
+    rows = [row for path in dated for row in rows_of.read(path) if not row.get("smoke")]
+    rows = [row for row in rows if "other_commit" not in row]  # comparisons
+    yield f"### {name}, {' and '.join(path.stem for path in dated)}\n"
     for suite in suites:
         of_suite = rows_of.standing([row for row in rows if row["suite"] == suite.NAME])
         if of_suite:
@@ -106,7 +107,7 @@ def _about(rows: list[dict]) -> str:
     def all_of(field: str) -> str:
         return ", ".join(dict.fromkeys(str(row[field]) for row in rows if row.get(field)))
 
-    busy = sum(not row["quiet"] for row in rows if "quiet" in row)
+    busy = sum(row.get("quiet") is False for row in rows if row.get("status", "ok") == "ok")
     machine = all_of("gpu_name") or f"{all_of('cpu_name')}, {all_of('threads')} threads"
     words = [machine, f"torch {all_of('torch')}", f"commit {all_of('commit')}"]
     if all_of("copy_gb_per_second"):

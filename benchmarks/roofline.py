@@ -6,7 +6,7 @@ bound by its FLOPs or its bytes; the rest is bound by bytes. LayerNorm's output 
 computed again in the backward pass, as lean memory does; softmax is rebuilt.
 """
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -122,6 +122,11 @@ class Blocks(NamedTuple):
     def attention_flops(self) -> int:
         return 4 * self.views * self.tokens**2 * self.dim * self.depth
 
+    @property
+    def parameters(self) -> int:
+        """Of the blocks and the norm behind them."""
+        return self.depth * (12 * self.dim**2 + 13 * self.dim) + 2 * self.dim
+
     def values(self) -> int:
         """Values of the residual stream, over all blocks: what other traffic is proportional to."""
         return self.views * self.tokens * self.dim * self.depth
@@ -235,16 +240,12 @@ class Network:
     @property
     def parameters(self) -> int:
         """Trained parameters."""
-        dim, width, sizes = self.encoder.dim, self.decoder.dim, self.sizes
-
-        def blocks(width: int, depth: int) -> int:
-            return depth * (12 * width * width + 13 * width) + 2 * width  # and the final norm
-
+        dim, width = self.encoder.dim, self.decoder.dim
         return (
             self.pixels * dim + 2 * dim  # embedding and cls token
-            + blocks(dim, sizes["depth"])
+            + self.encoder.parameters
             + dim * width + 2 * width  # bridge and mask token
-            + blocks(width, sizes["decoder_depth"])
+            + self.decoder.parameters
             + (width + 1) * self.outputs
         )  # fmt: skip
 
@@ -286,24 +287,63 @@ def step_parts(
         teacher += [stem, net.bridge, net.head(predicted)]
     elif net.teacher:  # dBOT's sees every patch, SdAE's the masked ones
         teacher.append(net.stem(net.patches if method == "dbot" or not lean else net.masked))
+    return parts_of(
+        student,
+        net.teacher,
+        [stem],
+        inner,
+        teacher,
+        traffic,
+        (
+            _ends_forward(net, item, ITEM[residual], pixel_bytes),
+            _ends_backward(net, item, ITEM[residual]),
+            update_bytes(net.parameters, method, dtype),
+        ),
+    )
+
+
+def parts_of(
+    student: Sequence[Blocks],
+    teacher: Sequence[Blocks],
+    stems: Sequence[Product],
+    inner: Sequence[Product],
+    teacher_products: Sequence[Product],
+    traffic: Traffic,
+    other_bytes: tuple[float, float, float],
+    other_attention: float = 0.0,
+) -> list[Part]:
+    """Forward, backward and update of any student with any teacher.
+
+    Args:
+        student: Blocks with a backward pass.
+        teacher: Blocks without.
+        stems: The student's products whose input needs no gradient.
+        inner: Its others, those of the blocks among them.
+        teacher_products: All of the teacher.
+        traffic: Of the blocks.
+        other_bytes: That forward, backward and update move beside the blocks.
+        other_attention: FLOPs of the student's forward pass in attention outside of the blocks.
+    """
     values = sum(blocks.values() for blocks in student)
-    attention = sum(blocks.attention_flops() for blocks in student)
+    attention = sum(blocks.attention_flops() for blocks in student) + other_attention
+    taught = sum(blocks.values() for blocks in teacher)
     return [
         Part(
             "forward",
-            (stem, *inner, *teacher),
-            attention + sum(blocks.attention_flops() for blocks in net.teacher),
-            traffic.forward * values
-            + traffic.teacher * sum(blocks.values() for blocks in net.teacher)
-            + _ends_forward(net, item, ITEM[residual], pixel_bytes),
+            (*stems, *inner, *teacher_products),
+            attention + sum(blocks.attention_flops() for blocks in teacher),
+            traffic.forward * values + traffic.teacher * taught + other_bytes[0],
         ),
         Part(
             "backward",
-            (*stem.backward(False), *(p for product in inner for p in product.backward())),
+            (
+                *(p for stem in stems for p in stem.backward(False)),
+                *(p for product in inner for p in product.backward()),
+            ),
             2 * attention,
-            traffic.backward * values + _ends_backward(net, item, ITEM[residual]),
+            traffic.backward * values + other_bytes[1],
         ),
-        Part("update", (), 0.0, update_bytes(net.parameters, method, dtype)),
+        Part("update", (), 0.0, other_bytes[2]),
     ]
 
 
@@ -370,19 +410,34 @@ def attention_floor(
     return max(forward, exp), max(backward, exp)
 
 
-# Bytes that blocks keep for the backward pass, per value of the residual stream and block:
+# Values that blocks keep for the backward pass, per value of the residual stream and block:
 # qkv, attention's output and fc1's, beside the stream; fc1's is computed again; or all of it.
-_SAVED = {"lean": 16, "recompute_mlp": 8, "checkpoint": 0}
+_SAVED = {"lean": 8, "recompute_mlp": 4, "checkpoint": 0}
 
 
-def saved_bytes_per_image(model: str, memory: str = "lean", residual: str = "fp32") -> float:
-    """Bytes per image kept for the backward pass in bf16, without inputs and ends.
+def saved_bytes_per_image(
+    model: str, memory: str = "lean", residual: str = "fp32", dtype: str = "bf16"
+) -> float:
+    """Bytes per image kept for the backward pass, without inputs and ends.
 
     Args:
         model: Name for fastmim.create_model.
         memory: lean, recompute_mlp or checkpoint, as ``fastmim pretrain --efficiency.memory``.
         residual: fp32 or bf16.
+        dtype: Of the activations, fp32 or bf16.
     """
     net = Network(model, "mae", 1)
     streams = (1 if memory == "checkpoint" else 2) * ITEM[residual]
-    return (streams + _SAVED[memory]) * (net.encoder.values() + net.decoder.values())
+    kept = streams + _SAVED[memory] * ITEM[dtype]
+    return kept * (net.encoder.values() + net.decoder.values())
+
+
+def least_memory(model: str, method: str, batch: int, dtype: str) -> float:
+    """Bytes at the end of the forward pass of a step that keeps what lean memory does.
+
+    These are weights, both moments and the teacher in fp32, and what blocks keep.
+    """
+    net = Network(model, method, batch)
+    teacher = {"mae": 0, "rc_mae": net.parameters}.get(method, net.encoder.parameters)
+    kept = batch * saved_bytes_per_image(model, dtype=dtype)
+    return 12 * net.parameters + 4 * teacher + kept

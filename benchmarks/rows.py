@@ -102,10 +102,12 @@ def _shown(row: dict) -> dict:
     shown = dict(row)
     saved = row.get("saved_bytes_per_image")
     shown["saved_mb_per_image"] = None if saved is None else saved / 1e6
-    if "match" in row:
+    peak = row.get("peak_memory_gib")
+    shown["peak_mb"] = None if peak is None else peak * 2**30 / 1e6
+    if row.get("match") is not None:
         shown["match"] = "yes" if row["match"] else "NO"
     if row.get("status") not in (None, "ok"):
         shown["kept_of"] = row["status"]
-    elif "kept" in row:
+    elif row.get("kept") is not None:
         shown["kept_of"] = f"{row['kept']}/{row['total']}" + ("" if row["quiet"] else " all")
     return shown

@@ -6,6 +6,7 @@ Without arguments: a selection of less than five minutes. See benchmarks/README.
 import argparse
 import dataclasses
 import datetime
+import gc
 import math
 import os
 import sys
@@ -28,7 +29,7 @@ import scaling
 import stepcost
 import steps
 import torch
-from measure import measure_ceilings
+from measure import measure_ceilings, start_server
 from progress import Progress
 from report import write_report
 from roofline import Ceilings
@@ -61,11 +62,13 @@ def main() -> int:
         print("\n".join(line for suite in [*SUITES, *APART] for line in suite.describe()))
         return 0
     if asked.compare is not None:
-        return compare.main(asked.compare, sys.argv[1:], asked.turns, Progress())
+        json, table = (path and path.resolve() for path in (asked.json, asked.csv))
+        return compare.main(asked.compare, sys.argv[1:], asked.turns, json, table, Progress())
     device = resolve_device(asked.device)
     if asked.smoke:  # on a busy machine, threads waiting for each other cost 50 times the work
         torch.set_num_threads(1)
         os.environ["OMP_NUM_THREADS"] = "1"  # of the processes that measure memory
+        start_server([suite.__name__ for suite in SUITES])
     with scaling.process_group(device) as rank:
         device = scaling.own_device(device)
         cores = None if asked.smoke else machine.pin(torch.get_num_threads(), scaling.local_rank())
@@ -75,6 +78,7 @@ def main() -> int:
 def measure(asked: argparse.Namespace, device: torch.device, cores: list[int] | None) -> int:
     """Every row that was asked for, written as soon as it is known; then tables and pictures."""
     progress = Progress()
+    gc.freeze()  # what is imported need not be looked through between the rounds
     json_file, folder = _targets(asked)
     environment = {**machine.environment(device, smoke=asked.smoke), "pinned_cores": cores}
     progress("copy and matrix product")
@@ -140,7 +144,8 @@ def selection(
             say=say,
         )
         yield suite, options
-        if asked.quick and suite is steps:  # for the picture of throughput
+        own = not (asked.batch or asked.model)
+        if asked.quick and own and suite is steps:  # for the picture of throughput
             _, batch = suite.SHAPES[options.shapes[0]]
             yield (
                 suite,
@@ -221,7 +226,7 @@ def parse(words: Sequence[str]) -> argparse.Namespace:
     for option in ("rounds", "turns"):
         if getattr(asked, option) is not None and getattr(asked, option) < 1:
             parser.error(f"--{option}: expected at least 1, got {getattr(asked, option)}")
-    asked.quick = not (asked.suite or asked.shape or asked.model or asked.batch or asked.smoke)
+    asked.quick = not (asked.suite or asked.smoke)
     everything = not asked.suite or "all" in asked.suite
     asked.named = not everything
     asked.suite = SUITES if everything else [named[name] for name in asked.suite]
@@ -244,6 +249,8 @@ def _fit_together(asked: argparse.Namespace) -> None:
         asked.suite = scaling.suites(asked.suite, steps)
     for refusal in filter(None, (_refusal(suite, asked) for suite in asked.suite)):
         raise ValueError(refusal)
+    if asked.compare is not None and asked.plot is not None:
+        raise ValueError("--plot: a comparison has no pictures; its table goes to --json and --csv")
     if asked.named:
         _refuse_what_is_of_steps(asked)
     if not asked.suite:
@@ -315,13 +322,15 @@ def _print(rows: list[dict], about: dict) -> None:
         if of_suite:
             print(f"\nsuite {suite.NAME}\n{rows_of.text(of_suite, suite.COLUMNS)}")
             absent = {n: why for row in of_suite for n, why in row.get("absent", {}).items()}
-            for name, why in absent.items():
-                print(f"absent: {name}: {why}")
+            lost = {row["kernel_provider"]: row["reason"] for row in of_suite if row.get("reason")}
+            for word, names in (("absent", absent), ("no figures", lost)):
+                for name, why in names.items():
+                    print(f"{word}: {name}: {why}")
     print(f"\n{_NOTES}")
 
 
 def _verdict(rows: list[dict]) -> int:
-    wrong = [row for row in rows if not row["match"]]
+    wrong = [row for row in rows if row["match"] is False]
     for row in wrong:
         for failure in row.get("failures", ()):
             print(f"{row['stage']}: {failure}")

@@ -19,9 +19,10 @@ from types import ModuleType
 import steps
 import torch
 import torch.distributed as dist
-from measure import synchronize
+from measure import Lost, attempt, judged, peak_memory, status_of, synchronize
 from peers import Case, FastMIM
-from suite import Column, Options, Suite
+from roofline import step_parts, step_total
+from suite import FLOOR, Column, Options, Suite
 from torch import Tensor, nn
 
 from fastmim.train.distributed import World
@@ -36,8 +37,9 @@ COLUMNS: list[Column] = [
     ("processes", "processes", "d"), ("batch each", "x_value", "d"),
     ("ms", "y_value_50", ".2f"), ("alone ms", "alone_ms", ".2f"),
     ("without average ms", "unsynchronised_ms", ".2f"), ("average alone ms", "average_ms", ".2f"),
-    ("img/s", "images_per_second", ".2f"), ("efficiency", "efficiency", ".2f"),
-    ("average hidden", "overlap", ".2f"), ("match", "match", ""),
+    ("img/s", "images_per_second", ".2f"), *FLOOR[1:], ("MFU %", "mfu_percent", ".0f"),
+    ("efficiency", "efficiency", ".2f"), ("average hidden", "overlap", ".2f"),
+    ("peak GiB", "peak_memory_gib", ".2f"), ("match", "match", ""), ("status", "status", ""),
 ]
 # fmt: on
 _SMOKE_BATCH = 8
@@ -101,37 +103,79 @@ def run(options: Options) -> Iterator[dict]:
         batch = _SMOKE_BATCH if options.smoke else batch
         case = Case(model, batch, method, dtype, options.device.type, options.images)
         options.say(f"scaling {shape} {method} {dtype}: {world_size()} processes")
-        together = _Together(case, options.device)
-        match = together.equal_everywhere()
-        alone = FastMIM(case)
-        block_seconds = max(options.block_seconds, 0.02)
-        programs = _programs(together, _calls(alone, case))
-        times = _interleave(programs, options.rounds, block_seconds, options.device)
-        median = {name: statistics.median(of_blocks) for name, of_blocks in times.items()}
-        yield dict(
-            suite=NAME,
-            kernel_name=f"{method}_step",
-            kernel_provider="fastmim",
-            kernel_operation_mode="step",
-            shape=shape,
-            model=model,
-            method=method,
-            dtype=dtype,
-            images=options.images,
-            x_name="batch",
-            x_value=batch,
-            status="ok",
-            processes=world_size(),
-            metric_name="ms",
-            **_quantiles(times["together"]),
-            alone_ms=1e3 * median["alone"],
-            unsynchronised_ms=1e3 * median["unsynchronised"],
-            average_ms=1e3 * median["average"],
-            images_per_second=world_size() * batch / median["together"],
-            efficiency=median["alone"] / median["together"],
-            overlap=_overlap(median),
-            match=match,
-        )
+        alone, lost = _rehearsed(case)
+        times = {} if lost else _measured(case, alone, options)
+        yield _row(shape, case, times, lost, options)
+
+
+def _rehearsed(case: Case) -> tuple[FastMIM | None, Lost | None]:
+    """A program that has done a step by itself in every process, or why there is none."""
+    made = attempt(_stepped, case)
+    missing = _greatest(float(isinstance(made, Lost)))
+    if not missing:
+        return made, None
+    return None, made if isinstance(made, Lost) else Lost("oom", "another process has no memory")
+
+
+def _stepped(case: Case) -> FastMIM:
+    program = FastMIM(case)
+    program.step(case.batches()[0])
+    return program
+
+
+def _measured(case: Case, alone: FastMIM, options: Options) -> dict:
+    """Fields of a row: times, memory, and whether all processes agree."""
+    together = _Together(case, options.device)
+    equal = together.equal_everywhere()
+    block_seconds = max(options.block_seconds, 0.02)
+    programs = _programs(together, _calls(alone, case))
+    times = _interleave(programs, options.rounds, block_seconds, options.device)
+    median = {name: statistics.median(of_blocks) for name, of_blocks in times.items()}
+    return dict(
+        **_quantiles(times["together"]),
+        alone_ms=1e3 * median["alone"],
+        unsynchronised_ms=1e3 * median["unsynchronised"],
+        average_ms=1e3 * median["average"],
+        images_per_second=world_size() * case.batch / median["together"],
+        efficiency=median["alone"] / median["together"],
+        overlap=_overlap(median),
+        **peak_memory(options.device),
+        error=0.0 if equal else math.inf,
+    )
+
+
+_MEASURED = (
+    "y_value_20", "y_value_50", "y_value_80", "n", "alone_ms", "unsynchronised_ms", "average_ms",
+    "images_per_second", "efficiency", "overlap", "peak_memory_gib", "peak_reserved_gib",
+)  # fmt: skip
+
+
+def _row(shape: str, case: Case, times: dict, lost: Lost | None, options: Options) -> dict:
+    """Of all processes; the floor is that of one."""
+    total = step_total(
+        step_parts(case.model, case.method, case.batch, case.dtype), options.ceilings, case.dtype
+    )
+    floor = (total.floor, total.bytes, total.flops, case.dtype)
+    return dict(
+        suite=NAME,
+        kernel_name=f"{case.method}_step",
+        kernel_provider="fastmim",
+        kernel_operation_mode="step",
+        shape=shape,
+        model=case.model,
+        method=case.method,
+        dtype=case.dtype,
+        images=case.images,
+        x_name="batch",
+        x_value=case.batch,
+        processes=world_size(),
+        metric_name="ms",
+        **FastMIM.backend(case),
+        **status_of(lost),
+        **{field: times.get(field) for field in _MEASURED},
+        **options.against_floor(times.get("y_value_50"), *floor),
+        **judged(lost, times.get("error"), 0.0),
+    )
 
 
 def _overlap(median: dict[str, float]) -> float:
@@ -225,12 +269,12 @@ def _interleave(
     counts = {}
     for name, program in programs.items():
         program()
-        seconds = _agreed(_timed(program, 1, device))
+        seconds = _greatest(_timed(program, 1, device))
         counts[name] = max(1, math.ceil(block_seconds / max(seconds, 1e-6)))
     times: dict[str, list[float]] = {name: [] for name in programs}
     for _ in range(rounds):
         for name, program in programs.items():
-            times[name].append(_agreed(_timed(program, counts[name], device)))
+            times[name].append(_greatest(_timed(program, counts[name], device)))
     return times
 
 
@@ -244,9 +288,9 @@ def _timed(program: Callable[[], None], count: int, device: torch.device) -> flo
     return (time.perf_counter() - start) / count
 
 
-def _agreed(seconds: float) -> float:
-    """Of the slowest process."""
+def _greatest(value: float) -> float:
+    """Of all processes: the seconds of the slowest."""
     device = "cuda" if dist.get_backend() == "nccl" else "cpu"
-    value = torch.tensor(seconds, dtype=torch.float64, device=device)
-    dist.all_reduce(value, dist.ReduceOp.MAX)
-    return value.item()
+    shared = torch.tensor(value, dtype=torch.float64, device=device)
+    dist.all_reduce(shared, dist.ReduceOp.MAX)
+    return shared.item()

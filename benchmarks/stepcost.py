@@ -30,16 +30,28 @@ number, "assumed" is written below.
 
 import dataclasses
 import itertools
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 
 import torch
 import torch.nn.functional as F
-from measure import Timing, in_fresh_process, interleave, speedup, unless_out_of_memory
+from measure import Lost, Timing, attempt, in_fresh_process, interleave, judged, speedup
 from peers import Case, FastMIM, StepProgram
 from peers.base import autocast, normalized
 from peers.plain import Plain, PlainEncoder, gather, masked_mse, pixels, standardized
-from steps import footprint_of
-from suite import TIMES, Column, Options
+from roofline import (
+    ITEM,
+    Blocks,
+    Network,
+    Part,
+    Product,
+    Traffic,
+    parts_of,
+    step_parts,
+    step_total,
+    update_bytes,
+)
+from steps import TOLERANCE, errors_of, footprint_of, truth_of
+from suite import CHECKS, FLOOR, TIMES, Column, Options, images_per_second
 from torch import Tensor, nn
 
 NAME = "distillation"
@@ -49,16 +61,16 @@ SHAPES = {
     "base224": ("mae_vit_base_patch16", 64),
     "large224": ("mae_vit_large_patch16", 32),
 }
-_SMOKE_BATCH = 2
+_SMOKE_BATCH = 1
 DEFAULT = {"cpu": ["small224"], "cuda": ["base224", "large224"]}
 # fmt: off
 COLUMNS: list[Column] = [
     ("shape", "shape", ""), ("method", "method", ""), ("program", "kernel_provider", ""),
     ("dtype", "dtype", ""), ("batch", "x_value", "d"), ("student tokens", "student_tokens", "d"),
     ("teacher tokens", "teacher_tokens", "d"), *TIMES, ("img/s", "images_per_second", ".2f"),
-    ("time / RC-MAE", "time_over_rc_mae", ".2f"), ("saved MB/img", "saved_mb_per_image", ".1f"),
-    ("saved / RC-MAE", "saved_over_rc_mae", ".2f"), ("peak GiB", "peak_memory_gib", ".2f"),
-    ("kept", "kept_of", ""),
+    *FLOOR[1:], ("MFU %", "mfu_percent", ".0f"), ("time / RC-MAE", "time_over_rc_mae", ".2f"),
+    ("saved MB/img", "saved_mb_per_image", ".1f"), ("saved / RC-MAE", "saved_over_rc_mae", ".2f"),
+    ("peak GiB", "peak_memory_gib", ".2f"), *CHECKS,
 ]
 # fmt: on
 WORDS: dict[str, list[str]] = {}
@@ -72,10 +84,17 @@ class _StepCost(Plain):
     """Student, EMA teacher and optimizer as in :class:`Plain`, around another graph.
 
     Both networks have every weight, and the teacher follows at every step, as in RC-MAE.
+
+    Attributes:
+        tolerance: Largest error that is right, in float32.
     """
 
+    tolerance = TOLERANCE["fp32"]
+
     def __init__(self, case: Case) -> None:
-        super().__init__(dataclasses.replace(case, method="rc_mae"))
+        with torch.random.fork_rng():
+            torch.manual_seed(0)
+            super().__init__(dataclasses.replace(case, method="rc_mae"))
 
     def network(self, weights: dict[str, Tensor]) -> nn.Module:
         names = ("img_size", "patch_size", "embed_dim", "depth", "num_heads")
@@ -88,7 +107,7 @@ class _StepCost(Plain):
 
     def loss(self, imgs: Tensor, ids_shuffle: Tensor) -> Tensor:
         with autocast(self.case):
-            return self.graph(normalized(imgs, torch.float32), ids_shuffle)
+            return self.graph(normalized(imgs, self._students[0].dtype), ids_shuffle)
 
     def graph(self, imgs: Tensor, ids_shuffle: Tensor) -> Tensor:
         """The loss, for the masks or the order in which patches are dropped."""
@@ -97,6 +116,11 @@ class _StepCost(Plain):
     @classmethod
     def tokens_of(cls, case: Case) -> tuple[int, int]:
         """Tokens of an image in the encoders of student and teacher."""
+        raise NotImplementedError
+
+    @classmethod
+    def needed(cls, case: Case) -> "_Needed":
+        """What the graph computes at the least."""
         raise NotImplementedError
 
     def local_views(self, imgs: Tensor) -> Tensor:
@@ -119,7 +143,7 @@ class IBot(_StepCost):
         masked = (ids_shuffle.argsort(dim=1) < self.num_keep).repeat(2, 1)  # (2 B, N)
         with torch.no_grad():
             target = teacher.head(teacher.encoder.encode(teacher.encoder.embed(views)))
-            target = target.float().softmax(dim=-1)
+            target = _wide(target).softmax(dim=-1)
         tokens = torch.where(masked[:, :, None], student.extra, student.encoder.embed(views))
         pred = student.head(student.encoder.encode(tokens))
         local = student.encoder.encode(student.encoder.embed(self.local_views(imgs)))
@@ -141,9 +165,26 @@ class IBot(_StepCost):
         whole = case.num_patches + 1
         return 2 * whole + _LOCAL_VIEWS * _local_tokens(case), 2 * whole
 
+    @classmethod
+    def needed(cls, case: Case) -> "_Needed":
+        whole, local, b = case.num_patches + 1, _local_tokens(case), case.batch
+        encoder, views = _Encoder(case), _LOCAL_VIEWS * case.batch
+        layers = [(encoder.dim, 2048), (2048, 2048), (2048, 256), (256, 8192)]
+        return _Needed(
+            student=[encoder.blocks(2 * b, whole), encoder.blocks(views, local)],
+            teacher=[encoder.blocks(2 * b, whole)],
+            stems=[encoder.stem(2 * b * (whole - 1)), encoder.stem(views * (local - 1))],
+            teacher_stems=[encoder.stem(2 * b * (whole - 1))],
+            head=_through(layers, 2 * b * whole + views),
+            teacher_head=_through(layers, 2 * b * whole),
+            parameters=encoder.parameters + _weights(layers) + encoder.dim,
+        )
+
 
 class Msn(_StepCost):
     """MSN: see the module."""
+
+    tolerance = 1e-3  # normalisation over views that are nearly equal multiplies rounding
 
     name = "msn"
 
@@ -165,6 +206,21 @@ class Msn(_StepCost):
     def tokens_of(cls, case: Case) -> tuple[int, int]:
         anchor = _anchor_patches(case) + 1
         return anchor + _LOCAL_VIEWS * _local_tokens(case), case.num_patches + 1
+
+    @classmethod
+    def needed(cls, case: Case) -> "_Needed":
+        anchor, whole, local = _anchor_patches(case), case.num_patches + 1, _local_tokens(case)
+        encoder, b, views = _Encoder(case), case.batch, _LOCAL_VIEWS * case.batch
+        layers = [(encoder.dim, 2048), (2048, 2048), (2048, 256), (256, _PROTOTYPES)]
+        return _Needed(
+            student=[encoder.blocks(b, anchor + 1), encoder.blocks(views, local)],
+            teacher=[encoder.blocks(b, whole)],
+            stems=[encoder.stem(b * anchor), encoder.stem(views * (local - 1))],
+            teacher_stems=[encoder.stem(b * (whole - 1))],
+            head=_through(layers, b + views),
+            teacher_head=_through(layers, b),
+            parameters=encoder.parameters + _weights(layers),
+        )
 
 
 class BootMaeStyle(_StepCost):
@@ -188,6 +244,92 @@ class BootMaeStyle(_StepCost):
     @classmethod
     def tokens_of(cls, case: Case) -> tuple[int, int]:
         return case.num_keep + 1, case.num_patches + 1
+
+    @classmethod
+    def needed(cls, case: Case) -> "_Needed":
+        visible, whole, b = case.num_keep + 1, case.num_patches + 1, case.batch
+        encoder, layers = _Encoder(case), 2 * _INJECTED_BLOCKS
+        dim, masked = encoder.dim, b * (whole - visible)
+        crossed = [
+            Product(b * whole, dim, dim, 2 * layers),
+            Product(b * visible, dim, 2 * dim, layers),
+        ]
+        heads = [Product(masked, dim, encoder.pixels), Product(masked, dim, dim)]
+        injected = Blocks(b, whole, dim, layers)
+        return _Needed(
+            student=[encoder.blocks(b, visible), injected],
+            teacher=[encoder.blocks(b, whole)],
+            stems=[encoder.stem(b * (visible - 1))],
+            teacher_stems=[encoder.stem(b * (whole - 1))],
+            head=[*crossed, *heads],
+            teacher_head=[],
+            parameters=encoder.parameters
+            + injected.parameters
+            + _weights([(dim, dim)] * 2 * layers + [(dim, 2 * dim)] * layers)
+            + _weights([(dim, encoder.pixels), (dim, dim)]),
+            attention=4 * layers * b * whole * visible * dim,
+        )
+
+
+@dataclasses.dataclass(frozen=True)
+class _Needed:
+    """What a step-cost model computes: its blocks, and the products beside them.
+
+    Attributes:
+        attention: FLOPs of attention outside of blocks, in the forward pass.
+    """
+
+    student: list[Blocks]
+    teacher: list[Blocks]
+    stems: list[Product]
+    teacher_stems: list[Product]
+    head: list[Product]
+    teacher_head: list[Product]
+    parameters: int
+    attention: float = 0.0
+
+    def parts(self, dtype: str) -> list[Part]:
+        """Beside products and blocks pixels are read, and the last outputs for the loss."""
+        outputs = ITEM[dtype] * sum(p.m * p.n for p in (*self.head[-1:], *self.teacher_head[-1:]))
+        read = sum(stem.m * stem.k for stem in (*self.stems, *self.teacher_stems))
+        return parts_of(
+            self.student,
+            self.teacher,
+            self.stems,
+            [*(p for blocks in self.student for p in blocks.products()), *self.head],
+            [
+                *self.teacher_stems,
+                *(p for blocks in self.teacher for p in blocks.products()),
+                *self.teacher_head,
+            ],
+            Traffic.of(ITEM[dtype], ITEM["fp32"]),
+            (read + outputs, outputs, update_bytes(self.parameters, "rc_mae", dtype)),
+            self.attention,
+        )
+
+
+class _Encoder:
+    """Sizes of a model's encoder."""
+
+    def __init__(self, case: Case) -> None:
+        self._net = Network(case.model, "mae", 1)
+        self.dim, self.pixels = self._net.encoder.dim, self._net.pixels
+        embedding = self.pixels * self.dim + 2 * self.dim
+        self.parameters = embedding + self._net.encoder.parameters
+
+    def blocks(self, views: int, tokens: int) -> Blocks:
+        return Blocks(views, tokens, self.dim, self._net.encoder.depth)
+
+    def stem(self, patches: int) -> Product:
+        return Product(patches, self.pixels, self.dim)
+
+
+def _through(layers: list[tuple[int, int]], rows: int) -> list[Product]:
+    return [Product(rows, k, n) for k, n in layers]
+
+
+def _weights(layers: list[tuple[int, int]]) -> int:
+    return sum(k * n + n for k, n in layers)
 
 
 class _ViT(PlainEncoder):
@@ -223,9 +365,10 @@ class _IBotHead(nn.Module):
 
 
 def _msn_head(dim: int) -> nn.Module:
+    """Biases before a normalisation over the batch would do nothing."""
     return nn.Sequential(
-        nn.Linear(dim, 2048), nn.BatchNorm1d(2048), nn.GELU(),
-        nn.Linear(2048, 2048), nn.BatchNorm1d(2048), nn.GELU(), nn.Linear(2048, 256),
+        nn.Linear(dim, 2048, bias=False), nn.BatchNorm1d(2048), nn.GELU(),
+        nn.Linear(2048, 2048, bias=False), nn.BatchNorm1d(2048), nn.GELU(), nn.Linear(2048, 256),
     )  # fmt: skip
 
 
@@ -300,14 +443,20 @@ def _anchor_patches(case: Case) -> int:
 
 
 def _similarity(x: Tensor, prototypes: Tensor) -> Tensor:
-    return (F.normalize(x, dim=-1) @ F.normalize(prototypes, dim=-1).T).float()
+    return _wide(F.normalize(x, dim=-1) @ F.normalize(prototypes, dim=-1).T)
 
 
 def _cross_entropy(pred: Tensor, target: Tensor) -> Tensor:
-    return -(target * pred.float().log_softmax(dim=-1)).sum(dim=-1)
+    return -(target * _wide(pred).log_softmax(dim=-1)).sum(dim=-1)
+
+
+def _wide(x: Tensor) -> Tensor:
+    """In float32 or better."""
+    return x.to(torch.promote_types(x.dtype, torch.float32))
 
 
 STEP_COSTS: tuple[type[_StepCost], ...] = (IBot, Msn, BootMaeStyle)
+_KINDS = {kind.name: kind for kind in STEP_COSTS}
 # Name in the table to the program and to the method of its case.
 _COMPARED: dict[tuple[str, str], type[StepProgram]] = {
     **{(kind.name, "step-cost model"): kind for kind in STEP_COSTS},
@@ -334,45 +483,82 @@ def run(options: Options) -> Iterator[dict]:
             (method, program): Case(model, batch, _method(method), dtype, options.device.type)
             for method, program in _COMPARED
         }
-        footprints: dict[tuple[str, str], dict | None] = {key: {} for key in cases}
+        footprints: dict[tuple[str, str], dict | Lost] = {key: {} for key in cases}
         for key, case in cases.items():
             options.say(f"{NAME} {shape}: memory of {' '.join(key)}")
             if options.memory:
                 footprints[key] = in_fresh_process(_footprint, key, case)
-        options.say(f"{NAME} {shape}: timing {len(cases)} programs in turns")
-        calls = {}
+        timings: dict[tuple[str, str], Timing] = {}
+        calls, errors = {}, {}
         for key, case in cases.items():
-            made = unless_out_of_memory(_COMPARED[key], case)
-            if made is not None:
-                calls[key] = _endless(made, case)
-        timings = {key: Timing() for key in cases} | interleave(calls, **options.timing())
+            options.say(f"{NAME} {shape}: correctness of {' '.join(key)}")
+            made = attempt(_checked, key, case)
+            if isinstance(made, Lost):
+                timings[key] = Timing(lost=made)
+            else:
+                calls[key], errors[key] = made
+        options.say(f"{NAME} {shape}: timing {len(calls)} programs in turns")
+        timings |= interleave(calls, **options.timing())
         for key, case in cases.items():
-            yield _row(shape, key, case, timings, footprints)
+            yield {
+                **_row(shape, key, case, timings, footprints, options),
+                "update_error": errors.get(key, {}).get("update_error"),
+                **judged(
+                    timings[key].lost, errors.get(key, {}).get("error"), _tolerance(key, dtype)
+                ),
+            }
+
+
+def _tolerance(key: tuple[str, str], dtype: str) -> float:
+    return _KINDS[key[0]].tolerance if key[0] in _KINDS else TOLERANCE[dtype]
 
 
 def _method(name: str) -> str:
     """Of the case that gives a step-cost model its sizes."""
-    return "rc_mae" if name in {kind.name for kind in STEP_COSTS} else name
+    return "rc_mae" if name in _KINDS else name
 
 
 def _footprint(key: tuple[str, str], case: Case) -> dict:
     return footprint_of(_COMPARED[key](case), case)
 
 
-def _endless(program: StepProgram, case: Case):
+def _checked(key: tuple[str, str], case: Case):
+    """Steps without end, and the errors of the first.
+
+    Those of a step-cost model are of its graph in float32, against itself in float64. At random
+    weights some of its gradients are nearly zero: all count together.
+    """
+    kind, model = _COMPARED[key], _KINDS.get(key[0])
+    truth = attempt(truth_of, model or Plain, case)
+    program = kind(case)
+    if model is None:
+        errors = errors_of(program, case, truth)
+    else:
+        exact = dataclasses.replace(case, dtype="fp32")
+        checked = program if case.dtype == "fp32" else kind(exact)
+        errors = errors_of(checked, exact, truth, together=True)
     turns = itertools.cycle(case.batches())
-    return lambda: program.step(next(turns))
+    return lambda: program.step(next(turns)), errors
 
 
-def _row(shape, key, case, timings, footprints) -> dict:
+def _row(
+    shape: str,
+    key: tuple[str, str],
+    case: Case,
+    timings: Mapping[tuple[str, str], Timing],
+    footprints: Mapping[tuple[str, str], dict | Lost],
+    options: Options,
+) -> dict:
     method, program = key
     measured = timings[key].row()
     ms = measured["y_value_50"]
-    memory = footprints[key] or {}
-    saved = memory.get("saved_bytes_per_image")
-    peer = (footprints[_PEER] or {}).get("saved_bytes_per_image")
+    memory, peer = (
+        {} if isinstance(made, Lost) else made for made in (footprints[key], footprints[_PEER])
+    )
+    saved, peers_saved = (made.get("saved_bytes_per_image") for made in (memory, peer))
     faster = speedup(timings[key], timings[_PEER])
     student, teacher = _tokens(method, case)
+    total = step_total(_parts(method, case), options.ceilings, case.dtype)
     return dict(
         suite=NAME,
         shape=shape,
@@ -387,15 +573,23 @@ def _row(shape, key, case, timings, footprints) -> dict:
         x_value=case.batch,
         student_tokens=student,
         teacher_tokens=teacher,
+        **_COMPARED[key].backend(case),
         **measured,
-        images_per_second=None if ms is None else case.batch / ms * 1e3,
+        images_per_second=images_per_second(case.batch, ms),
+        **options.against_floor(ms, total.floor, total.bytes, total.flops, case.dtype),
         time_over_rc_mae=None if faster is None else 1 / faster,
         saved_bytes_per_image=saved,
-        saved_over_rc_mae=saved / peer if saved and peer else None,
+        saved_over_rc_mae=saved / peers_saved if saved and peers_saved else None,
         peak_memory_gib=memory.get("peak_memory_gib"),
         peak_reserved_gib=memory.get("peak_reserved_gib"),
-        match=True,  # of a cost nothing is claimed but what is measured
     )
+
+
+def _parts(method: str, case: Case) -> list[Part]:
+    """What a step needs by arithmetic."""
+    if method in _KINDS:
+        return _KINDS[method].needed(case).parts(case.dtype)
+    return step_parts(case.model, method, case.batch, case.dtype)
 
 
 def _tokens(method: str, case: Case) -> tuple[int, int]:
@@ -408,5 +602,4 @@ def _tokens(method: str, case: Case) -> tuple[int, int]:
         "dbot": (visible, whole),
         "sdae": (visible, masked + 3),  # three folds, each with a cls token
     }
-    kinds = {kind.name: kind for kind in STEP_COSTS}
-    return known[method] if method in known else kinds[method].tokens_of(case)
+    return known[method] if method in known else _KINDS[method].tokens_of(case)

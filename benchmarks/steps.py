@@ -9,18 +9,20 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 import torch
 from capacity import memory_in_use, total_memory
 from measure import (
+    Lost,
     Timing,
+    attempt,
     in_fresh_process,
     interleave,
+    judged,
     peak_memory,
     saved_bytes,
     speedup,
     synchronize,
-    unless_out_of_memory,
 )
 from peers import OWN, PEERS, PROGRAMS, Batch, Case, Parts, StepProgram
 from roofline import step_parts, step_total
-from suite import CHECKS, FLOOR, TIMES, Column, Options
+from suite import CHECKS, FLOOR, TIMES, Column, Options, images_per_second
 from torch import Tensor
 
 NAME = "step"
@@ -49,13 +51,16 @@ _COMPILED = ("fastmim-compiled", "compiled", "hf-compiled")
 _BY_NAME = ("compiled-max-autotune", *(name for name in list(OWN)[1:] if name not in _COMPILED))
 _IN_SMOKE = ("fastmim", "plain")
 _SMOKE_BATCH = 8
-_CHECKED_IMAGES = 2
+CHECKED_IMAGES = 2
 _USED = 0.9  # part of the memory that programs timed in turns may take together
 # Relative error (Euclidean norm) of the loss and of every gradient tensor against plain PyTorch in
 # float64. Plain PyTorch's own largest, on the CPU at both shapes: 5e-7 in fp32, 1.1e-2 in bf16.
-_TOLERANCE = {"fp32": 1e-5, "bf16": 3e-2}
+TOLERANCE = {"fp32": 1e-5, "bf16": 3e-2, "fp64": 1e-12}
+# What float32 may be off after an update: its rounding, and this part of what the update changed.
+_ROUNDING, _OF_UPDATE = 2**-23, 1e-5
 
 Variant = tuple[str, str]  # program, dtype
+Memory = dict | Lost  # fields of a row, or why there are none
 
 
 def describe() -> list[str]:
@@ -87,25 +92,36 @@ def run(options: Options) -> Iterator[dict]:
 def _compare(shape: str, case: Case, options: Options) -> Iterator[dict]:
     title = f"step {shape} {case.method} batch {case.batch}"
     variants, absent = _variants(case, options)
-    truth = _loss_and_gradients(PEERS["plain"](case), case, 1)
-    footprints: dict[Variant, dict | None] = {key: {} for key in variants}
+    truth = attempt(truth_of, PEERS["plain"], case)
+    footprints: dict[Variant, Memory] = {key: {} for key in variants}
     if options.memory:
         for key, variant in variants.items():
             options.say(f"{title}: memory of {' '.join(key)}")
             footprints[key] = in_fresh_process(footprint, key[0], variant)
-    fitting = [key for key in variants if footprints[key] is not None]
-    timings = {key: Timing() for key in variants}
+    lost = {key: made for key, made in footprints.items() if isinstance(made, Lost)}
+    timings = {key: Timing(lost=why) for key, why in lost.items()}
     found: dict[Variant, dict] = {}
-    for group in _groups(fitting, footprints, options.device):
+    fitting = {key: made for key, made in footprints.items() if key not in lost}
+    waiting = _groups(fitting, options.device)
+    while waiting:
+        group = waiting.pop(0)
         options.say(f"{title}: timing {len(group)} programs in turns")
         made, fields = _timed({key: variants[key] for key in group}, truth, options)
         timings |= made
         found |= fields
-    for (name, dtype), timing in timings.items():
-        row = _row(name, variants[name, dtype], timing, timings, options)
-        row |= {"shape": shape, "error": None, "match": True, **found.get((name, dtype), {})}
-        row |= {f: (footprints[name, dtype] or {}).get(f) for f in _FOOTPRINT}
-        yield {**row, "absent": absent} if name == "fastmim" else row
+        if len(group) > 1:  # what does not fit beside the others may fit alone
+            waiting += [[key] for key in group if (timings[key].lost or ("",))[0] == "oom"]
+    for key, variant in variants.items():
+        error = found.get(key, {}).pop("error", None)
+        yield {
+            **_row(key[0], variant, timings[key], timings, options),
+            **judged(timings[key].lost, error, TOLERANCE[key[1]]),
+            "shape": shape,
+            "update_error": None,
+            **found.get(key, {}),
+            **{f: fitting.get(key, {}).get(f) for f in _FOOTPRINT},
+            **({"absent": absent} if key[0] == "fastmim" else {}),
+        }
 
 
 def _variants(case: Case, options: Options) -> tuple[dict[Variant, Case], dict[str, str]]:
@@ -126,16 +142,14 @@ def _variants(case: Case, options: Options) -> tuple[dict[Variant, Case], dict[s
     return variants, absent
 
 
-def _groups(
-    keys: Sequence[Variant], footprints: Mapping[Variant, dict | None], device: torch.device
-) -> list[list[Variant]]:
+def _groups(footprints: Mapping[Variant, dict], device: torch.device) -> list[list[Variant]]:
     """Programs that fit into memory together: all at rest but one, which is at its peak."""
     limit = _USED * total_memory(device, host_share=1.0)  # what they take has been measured
     groups: list[list[Variant]] = []
     resting = highest = float("inf")
-    for key in keys:
-        rest = footprints[key].get("resting_memory_gib") or 0.0
-        rise = (footprints[key].get("peak_memory_gib") or 0.0) - rest
+    for key, taken in footprints.items():
+        rest = taken.get("resting_memory_gib") or 0.0
+        rise = (taken.get("peak_memory_gib") or 0.0) - rest
         if resting + rest + max(highest, rise) > limit:
             groups.append([])
             resting = highest = 0.0
@@ -145,35 +159,87 @@ def _groups(
 
 
 def _timed(
-    variants: Mapping[Variant, Case], truth: Mapping[str, Tensor], options: Options
+    variants: Mapping[Variant, Case], truth: Mapping[str, Tensor] | Lost, options: Options
 ) -> tuple[dict[Variant, Timing], dict[Variant, dict]]:
-    """Timings in turns; whether each is correct, and the parts of those steps."""
+    """Timings in turns; how far each is off, and the parts of those steps."""
     batches = next(iter(variants.values())).batches()
-    programs, found = {}, {}
+    programs: dict[Variant, Parts] = {}
+    timings, found = {}, {}
     for key, case in variants.items():
-        made = unless_out_of_memory(_checked, PROGRAMS[key[0]], case, truth)
-        if made is not None:
-            program, error = made
+        made = attempt(_checked, PROGRAMS[key[0]], case, truth)
+        if isinstance(made, Lost):
+            timings[key] = Timing(lost=made)
+        else:
+            program, found[key] = made
             programs[key] = Parts(program, options.device)
-            found[key] = dict(error=error, match=error <= _TOLERANCE[key[1]])
     calls = {key: _endless(program.step, batches) for key, program in programs.items()}
-    timings = interleave(calls, **options.timing(), warm_up=1)
+    timings |= interleave(calls, **options.timing(), warm_up=1)
     synchronize(options.device)
-    for key, timing in timings.items():
-        if timing.blocks:
-            found[key] |= programs[key].row()
+    for key, program in programs.items():
+        if timings[key].blocks:
+            found[key] |= program.row()
     return timings, found
 
 
 def _checked(
-    kind: type[StepProgram], case: Case, truth: Mapping[str, Tensor]
-) -> tuple[StepProgram, float]:
+    kind: type[StepProgram], case: Case, truth: Mapping[str, Tensor] | Lost
+) -> tuple[StepProgram, dict]:
     """A program, and its error at the shapes that are timed."""
     program = kind(case)
-    copies = case.batch // _CHECKED_IMAGES if case.batch % _CHECKED_IMAGES == 0 else 1
-    error = _error(_loss_and_gradients(program, case, copies), truth)
-    program.student.zero_grad(set_to_none=True)
-    return program, error
+    return program, errors_of(program, case, truth)
+
+
+def errors_of(
+    program: StepProgram,
+    case: Case,
+    truth: Mapping[str, Tensor] | Lost,
+    *,
+    together: bool = False,
+) -> dict:
+    """Errors of a program's first step.
+
+    Args:
+        program: That has done no step.
+        case: At whose batch it is checked.
+        truth: Loss and gradients; without it they are not checked.
+        together: Compare all gradients as one vector, not one by one.
+
+    Returns:
+        ``error`` of loss and gradients, infinite if the update is wrong, and ``update_error`` of
+        weights and teacher, 1 being the most that is right.
+    """
+    values = loss_and_gradients(program, case)
+    update_error = _update_error(program, case)
+    error = None if isinstance(truth, Lost) else _error(values, truth, together)
+    wrong = not update_error <= 1
+    return dict(error=float("inf") if wrong else error, update_error=update_error)
+
+
+@torch.no_grad()
+def _update_error(program: StepProgram, case: Case) -> float:
+    """How far AdamW's first update and the EMA are off, in multiples of what float32 may be.
+
+    The program's own gradients, which have been checked, are what it starts from.
+    """
+    recipe = case.recipe
+    params = [p for p in program.student.parameters() if p.grad is not None]
+    before = [(p.clone(), p.grad.clone()) for p in params]
+    teachers = [(teacher, teacher.clone(), p) for teacher, p in program.followed()]
+    program.update()
+    ratios = [torch.zeros((), dtype=torch.float64, device=case.device)]
+    for param, (old, grad) in zip(params, before, strict=True):
+        old, grad = old.double(), grad.double()
+        decay = recipe.weight_decay if param.ndim > 1 else 0.0
+        expected = old * (1 - recipe.lr * decay) - recipe.lr * grad / (grad.abs() + recipe.adam_eps)
+        ratios.append(_off(param, expected, old))
+    for teacher, old, param in teachers:
+        ratios.append(_off(teacher, old.double().lerp(param.double(), 1 - recipe.momentum), old))
+    return float(torch.stack(ratios).max())
+
+
+def _off(value: Tensor, expected: Tensor, old: Tensor) -> Tensor:
+    allowed = _ROUNDING * expected.norm() + _OF_UPDATE * (expected - old).norm()
+    return (value - expected).norm() / allowed.clamp(min=1e-300)
 
 
 def _row(
@@ -193,7 +259,6 @@ def _row(
         pixel_bytes=1 if case.images == "uint8" else 4,
     )
     total = step_total(needed, options.ceilings, case.dtype)
-    peak = options.ceilings.matmul[case.dtype]
     return dict(
         suite=NAME,
         kernel_name=f"{case.method}_step",
@@ -205,10 +270,10 @@ def _row(
         images=case.images,
         x_name="batch",
         x_value=case.batch,
+        **PROGRAMS[name].backend(case),
         **measured,
-        images_per_second=None if ms is None else case.batch / ms * 1e3,
-        mfu_percent=None if ms is None else 1e5 * total.flops / peak / ms,
-        **options.against_floor(ms, total.floor, total.bytes, total.flops),
+        images_per_second=images_per_second(case.batch, ms),
+        **options.against_floor(ms, total.floor, total.bytes, total.flops, case.dtype),
         vs_official=_ratio(timing, timings.get(("official", case.dtype))),
         vs_peer=_ratio(timing, timings.get(("plain", case.dtype))),
         vs_compiled=_ratio(timing, timings.get(("compiled", case.dtype))),
@@ -239,21 +304,33 @@ def _order(case: Case, count: int) -> Tensor:
     return noise.argsort(dim=1).to(case.device)
 
 
-def _loss_and_gradients(program: StepProgram, case: Case, copies: int) -> dict[str, Tensor]:
-    """For a few images, each as often as asked for: the means over a batch stay the same."""
-    few = dataclasses.replace(case, batch=_CHECKED_IMAGES)
-    imgs, order = few.batches()[0].imgs, _order(case, _CHECKED_IMAGES)
+def truth_of(kind: type[StepProgram], case: Case) -> dict[str, Tensor]:
+    """Loss and gradients of a program in float64."""
+    exact = dataclasses.replace(case, dtype="fp64", batch=CHECKED_IMAGES)
+    return loss_and_gradients(kind(exact), exact)
+
+
+def loss_and_gradients(program: StepProgram, case: Case) -> dict[str, Tensor]:
+    """For a few images, repeated to the batch if they divide it: means over it stay the same."""
+    few = dataclasses.replace(case, batch=CHECKED_IMAGES)
+    copies = case.batch // CHECKED_IMAGES if case.batch % CHECKED_IMAGES == 0 else 1
+    imgs, order = few.batches()[0].imgs, _order(case, CHECKED_IMAGES)
     loss = program.loss(imgs.repeat(copies, 1, 1, 1), order.repeat(copies, 1))
     loss.backward()
     return {"loss": loss.detach(), **program.gradients()}
 
 
-def _error(values: Mapping[str, Tensor], truth: Mapping[str, Tensor]) -> float:
+def _error(
+    values: Mapping[str, Tensor], truth: Mapping[str, Tensor], together: bool = False
+) -> float:
     """Largest relative error of the loss and of all gradients, as Euclidean norms."""
     if values.keys() != truth.keys() or any(value is None for value in values.values()):
         return float("inf")
-    ratios = [(values[n].double() - t).norm() / t.norm() for n, t in truth.items()]
-    return float(torch.stack(ratios).max())  # NaN stays NaN, which no tolerance admits
+    off = torch.stack([(values[n].double() - t).norm() for n, t in truth.items()])
+    size = torch.stack([t.norm() for t in truth.values()])
+    if together:  # the loss comes first
+        off, size = (torch.stack([v[0], v[1:].norm()]) for v in (off, size))
+    return float((off / size).max())  # NaN stays NaN, which no tolerance admits
 
 
 _FOOTPRINT = (

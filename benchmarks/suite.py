@@ -5,12 +5,17 @@ to each row, writes, prints and plots it. Fields that its pictures and the repor
 
 - ``suite``, ``shape``, ``kernel_name`` (what is computed), ``kernel_provider`` (by whom),
   ``dtype``, ``x_name`` and ``x_value`` (batch, or number of parameters);
-- those of ``Timing.row()``: ``status`` ("ok", or "oom" with every figure None), ``y_value_50``,
-  ``y_value_20``, ``y_value_80`` in ms, ``n``;
-- ``match``: this very case computes what it should (true of an "oom" row: nothing is claimed);
-- a step: ``method``, ``model``, ``images_per_second``, ``peak_memory_gib``, ``peak_reserved_gib``,
-  and ``parts_ms``, part to ms;
-- ``bytes``, ``flops`` and ``percent_of_floor``, by :meth:`Options.against_floor`.
+- those of ``Timing.row()``: ``status`` ("ok", or "oom" and "failed" with every figure None and a
+  ``reason``), ``y_value_50``, ``y_value_20``, ``y_value_80`` in ms, ``n``;
+- those of ``measure.judged()``: ``match``, whether this very case computes what it should, None of
+  one that ran out of memory, and ``error``;
+- ``images_per_second``, ``peak_memory_gib``, ``peak_reserved_gib``;
+- ``bytes``, ``flops``, ``percent_of_floor`` and ``mfu_percent``, by :meth:`Options.against_floor`;
+- ``backend``: what computes inside the program; ``libraries``: their versions;
+- a step: ``method``, ``model`` and ``parts_ms``, part to ms;
+- ``absent``, of one row of a case: programs that cannot run here, and why.
+
+``EVERY_ROW`` names what no row may lack, be it None.
 """
 
 import itertools
@@ -23,6 +28,14 @@ from roofline import Ceilings
 
 # Header, field of the row, format; words have no format.
 Column = tuple[str, str, str]
+
+EVERY_ROW = frozenset((
+    *("suite", "shape", "kernel_name", "kernel_provider", "kernel_operation_mode", "dtype"),
+    *("metric_name", "x_name", "x_value", "y_value_20", "y_value_50", "y_value_80", "n"),
+    *("status", "reason", "match", "error", "backend", "libraries"),
+    *("images_per_second", "peak_memory_gib", "peak_reserved_gib"),
+    *("bytes", "flops", "floor_ms", "percent_of_floor", "mfu_percent"),
+))  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -89,22 +102,28 @@ class Options:
             device=self.device,
         )
 
-    def against_floor(self, ms: float | None, floor: float, num_bytes: float, flops: float) -> dict:
+    def against_floor(
+        self, ms: float | None, floor: float, num_bytes: float, flops: float, dtype: str
+    ) -> dict:
         """Fields of a row: how near a time is to the least.
 
         Args:
-            ms: Median time; None of a program that ran out of memory.
+            ms: Median time; None of a program without one.
             floor: Least seconds, by ``ceilings``.
             num_bytes: That must be moved.
-            flops: That must be done.
+            flops: That must be done in matrix products.
+            dtype: Of these products.
         """
+        rate = None if ms is None else flops / ms * 1e3
+        counted = rate is not None and flops > 0
         return dict(
             bytes=num_bytes,
             flops=flops,
             floor_ms=floor * 1e3,
             percent_of_floor=None if ms is None else 1e5 * floor / ms,
+            mfu_percent=100 * rate / self.ceilings.matmul[dtype] if counted else None,
             gb_per_second=None if ms is None else num_bytes / ms / 1e6,
-            tflops=None if ms is None else flops / ms / 1e9,
+            tflops=None if rate is None else rate / 1e12,
         )
 
     def wants(self, program: str) -> bool:
@@ -141,8 +160,14 @@ TIMES: list[Column] = [
     ("ms", "y_value_50", ".2f"), ("p20", "y_value_20", ".2f"), ("p80", "y_value_80", ".2f"),
 ]
 FLOOR: list[Column] = [("GB/s", "gb_per_second", ".1f"), ("% of floor", "percent_of_floor", ".0f")]
+PEAK: Column = ("peak MB", "peak_mb", ".1f")
 CHECKS: list[Column] = [("error", "error", ".0e"), ("match", "match", ""), ("kept", "kept_of", "")]
 # fmt: on
+
+
+def images_per_second(images: int, ms: float | None) -> float | None:
+    """None of a program without a time."""
+    return None if ms is None else images / ms * 1e3
 
 
 def known_words(suites: Sequence[Suite], option: str) -> list[str]:

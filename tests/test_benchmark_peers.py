@@ -9,15 +9,17 @@ from pathlib import Path
 import pytest
 import torch
 from torch._dynamo.utils import counters
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.utils.flop_counter import FlopCounterMode
 
 from tests.conftest import benchmark_module
 
 _FOLDER = Path(__file__).parents[1] / "benchmarks"
-peers, plain, parts, shim, steps, stepcost, memory, loader, capacity = (
+peers, plain, parts, shim, steps, stepcost, memory, loader, capacity, suite, roofline = (
     benchmark_module(name)
     for name in (
         "peers", "peers.plain", "peers.parts", "peers.torchvision_shim", "steps", "stepcost",
-        "memory", "loader", "capacity",
+        "memory", "loader", "capacity", "suite", "roofline",
     )
 )  # fmt: skip
 CPU = torch.device("cpu")
@@ -32,9 +34,8 @@ def case(method: str, dtype: str = "fp32"):
 
 def error(program, of) -> float:
     """Largest relative error of loss and gradients against plain PyTorch in float64."""
-    exact = dataclasses.replace(of, dtype="fp64")
-    truth = steps._loss_and_gradients(peers.PEERS["plain"](exact), exact, 1)
-    return steps._error(steps._loss_and_gradients(program, of, 2), truth)
+    truth = steps.truth_of(peers.PEERS["plain"], of)
+    return steps._error(steps.loss_and_gradients(program, of), truth)
 
 
 @pytest.mark.parametrize("method", METHODS)
@@ -45,7 +46,7 @@ def test_every_program_has_the_loss_and_gradients_of_plain_pytorch(name, method)
     if kind.missing(of):
         pytest.skip(f"{name}: {kind.missing(of)}")
     program = kind(of)
-    assert error(program, of) <= steps._TOLERANCE[of.dtype]
+    assert error(program, of) <= steps.TOLERANCE[of.dtype]
     program.student.zero_grad(set_to_none=True)
     before = {n: p.detach().clone() for n, p in program.student.named_parameters()}
     initial = of.weights(0)
@@ -72,6 +73,45 @@ def test_a_program_with_another_loss_does_not_match():
             return super().objective(pred, target, imgs, ids_shuffle, ids_restore)
 
     assert error(Wrong(case("mae")), case("mae")) > 1e-3
+
+
+@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("name", [n for n in peers.PROGRAMS if n not in COMPILED])
+def test_every_program_updates_weights_and_teacher_as_adamw_and_the_ema_do(name, method):
+    kind = peers.PROGRAMS[name]
+    of = case(method, "bf16" if "fp32" not in kind.dtypes else "fp32")
+    if kind.missing(of):
+        pytest.skip(f"{name}: {kind.missing(of)}")
+    program = kind(of)
+    steps.loss_and_gradients(program, of)
+    assert (len(program.followed()) > 0) == (method == "rc_mae")
+    assert steps._update_error(program, of) <= 1
+
+
+@pytest.mark.parametrize("wrong", ["decay", "teacher", "no update"])
+def test_a_wrong_update_does_not_match(wrong):
+    class Wrong(plain.Plain):
+        def groups(self):
+            return [dict(params=self._students, weight_decay=0.0 if wrong == "decay" else 0.05)]
+
+        def move_teacher(self):
+            if wrong != "teacher":
+                super().move_teacher()
+
+        def update(self):
+            if wrong != "no update":
+                super().update()
+
+    of = case("rc_mae")
+    found = steps.errors_of(Wrong(of), of, steps.truth_of(plain.Plain, of))
+    assert found["update_error"] > 1
+    assert found["error"] == float("inf")
+
+
+def test_without_a_truth_that_fits_a_program_is_not_judged():
+    found = steps.errors_of(plain.Plain(SMALL), SMALL, steps.Lost("oom", "too large"))
+    assert found["error"] is None
+    assert steps.judged(None, found["error"], 1e-5) == dict(error=None, match=None)
 
 
 @pytest.mark.parametrize("method", METHODS)
@@ -197,8 +237,8 @@ def test_a_container_is_given_no_more_than_its_limit(tmp_path):
 def test_programs_that_do_not_fit_together_are_timed_apart(monkeypatch):
     monkeypatch.setattr(steps, "total_memory", lambda device, host_share: 10.0)
     taken = {name: dict(resting_memory_gib=2.0, peak_memory_gib=5.0) for name in "abcd"}
-    assert steps._groups("abcd", taken, CPU) == [["a", "b", "c"], ["d"]]
-    assert steps._groups("ab", {"a": {}, "b": {}}, CPU) == [["a", "b"]]
+    assert steps._groups(taken, CPU) == [["a", "b", "c"], ["d"]]
+    assert steps._groups({"a": {}, "b": {}}, CPU) == [["a", "b"]]
 
 
 def test_views_of_step_cost_models_have_the_tokens_of_the_papers():
@@ -222,12 +262,86 @@ def test_a_step_cost_model_trains_all_it_has_and_its_teacher_follows(kind):
             assert torch.equal(value, before[name]) == (name not in trained), name
 
 
+@pytest.mark.parametrize("kind", stepcost.STEP_COSTS, ids=lambda kind: kind.name)
+def test_a_step_cost_model_is_counted_as_its_graph_computes(kind):
+    of = case("rc_mae")
+    program = kind(of)
+    batch = of.batches()[0]
+    # The counter knows attention by its products alone.
+    with FlopCounterMode(display=False) as counter, sdpa_kernel(SDPBackend.MATH):
+        program.loss(batch.imgs, program.masks(batch)).backward()
+    needed = kind.needed(of)
+    counted = sum(part.flops for part in needed.parts("fp32"))
+    # Not needed, but computed: patches that MSN drops, BootMAE's predictions of visible patches.
+    assert 1 <= counter.get_total_flops() / counted < 1.02
+    trained = sum(p.numel() for p in program.student.parameters() if p.requires_grad)
+    assert needed.parameters == pytest.approx(trained, rel=2e-3)
+
+
+@pytest.mark.parametrize("kind", stepcost.STEP_COSTS, ids=lambda kind: kind.name)
+def test_a_step_cost_model_computes_in_float32_what_it_does_in_float64(kind):
+    of = case("rc_mae")
+    found = steps.errors_of(kind(of), of, steps.truth_of(kind, of), together=True)
+    assert found["error"] <= kind.tolerance
+
+
 def test_methods_with_more_tokens_keep_more():
     saved = {}
     for kind in (stepcost.IBot, plain.Plain):
         program = kind(case("rc_mae"))
         saved[kind] = steps.footprint_of(program, program.case)["saved_bytes_per_image"]
     assert saved[stepcost.IBot] > 5 * saved[plain.Plain]
+
+
+def test_a_step_that_does_not_fit_beside_the_others_is_timed_alone(monkeypatch):
+    timed = steps._timed
+
+    def crowded(variants, truth, options):
+        timings, found = timed(variants, truth, options)
+        if len(variants) > 1:
+            timings["plain", "fp32"].lose(steps.Lost("oom", "crowded"))
+        return timings, found
+
+    monkeypatch.setattr(steps, "_timed", crowded)
+    rows = {row["kernel_provider"]: row for row in steps._compare("tiny32", SMALL, _short())}
+    assert [row["status"] for row in rows.values()] == ["ok", "ok"]
+    assert rows["plain"]["vs_peer"] == 1
+
+
+def test_a_peer_that_fails_is_a_row_that_does_not_match_and_the_others_go_on(monkeypatch, capsys):
+    def broken(self, batch):
+        raise RuntimeError("no kernel image is available")
+
+    monkeypatch.setattr(plain.Plain, "step", broken)
+    ours, other = steps._compare("tiny32", SMALL, _short())
+    assert (ours["status"], ours["match"]) == ("ok", True)
+    assert (other["status"], other["match"]) == ("failed", False)
+    assert other["reason"] == "RuntimeError: no kernel image is available"
+    assert "Traceback" in capsys.readouterr().err
+
+
+def _short():
+    return suite.Options(
+        device=CPU, shapes=["tiny32"], methods=["mae"], dtypes=["fp32"], models=None, batch=None,
+        peers=["plain"], operators=None, images="uint8", compiled=False, rounds=1,
+        block_seconds=0.0, seconds=0.0, memory=False, smoke=True, say=lambda line: None,
+        ceilings=roofline.Ceilings(copy=1e10, matmul=dict(fp32=1e11, bf16=1e11)),
+    )  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("name", "batch", "within", "status"),
+    [("fastmim", 4, 2.0, "ok"), ("plain", 4, 2.0, "ok"), ("plain", 4096, 1.0, "oom")],
+)
+def test_the_peak_of_a_step_is_measured_where_its_results_are_right(name, batch, within, status):
+    of = case("rc_mae")
+    peaks = memory._Peaks(name, of, within, memory._true_norms(of))
+    row = memory._row("tiny32", of, name, "peak", batch, peaks, _short())
+    assert (row["status"], row["match"]) == (status, True if status == "ok" else None)
+    if status == "ok":
+        assert 0 < row["percent_of_floor"] < 100
+        assert row["peak_memory_gib"] == row["y_value_50"] < within
+        assert row["error"] < 1e-5
 
 
 @pytest.mark.parametrize(
@@ -247,12 +361,12 @@ def test_memory_beyond_the_limit_is_refused_and_below_it_given():
 import torch
 from capacity import limited_memory
 from fastmim.ops import bias_gelu
-from measure import unless_out_of_memory
+from measure import attempt
 with limited_memory(torch.device("cpu"), 1.0):
     torch.zeros(2**26)
-    assert unless_out_of_memory(torch.zeros, 2**30) is None
+    assert attempt(torch.zeros, 2**30).status == "oom"
     large = torch.zeros(150_000, 1024)
-    assert unless_out_of_memory(bias_gelu, large, torch.zeros(1024)) is None
+    assert attempt(bias_gelu, large, torch.zeros(1024)).status == "oom"
     print("refused")
 torch.empty(2**29)
 """

@@ -4,6 +4,7 @@ import csv
 import importlib.util
 import json
 import os
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -14,20 +15,29 @@ import torch
 
 from tests.conftest import benchmark_module
 
-measure, compare, machine, ops, plots, report, rows_of, run, steps = (
+measure, compare, machine, ops, plots, report, rows_of, run, steps, suite = (
     benchmark_module(name)
-    for name in ("measure", "compare", "machine", "ops", "plots", "report", "rows", "run", "steps")
+    for name in (
+        "measure",
+        "compare",
+        "machine",
+        "ops",
+        "plots",
+        "report",
+        "rows",
+        "run",
+        "steps",
+        "suite",
+    )
 )
 _ROOT = Path(__file__).parents[1]
 _PROGRAM = _ROOT / "benchmarks" / "run.py"
-_EVERY_ROW = {
-    "suite", "shape", "kernel_name", "kernel_provider", "kernel_operation_mode", "metric_name",
-    "x_name", "x_value", "y_value_20", "y_value_50", "y_value_80", "n", "kept", "total", "quiet",
-    "status", "match", "dtype", "vs_peer", "bytes", "flops", "floor_ms", "percent_of_floor",
-    "timed_by", "block_ms", "gpu_name", "cpu_name", "threads", "torch", "triton", "cuda", "commit",
-    "driver", "sm_clock_mhz", "sm_clock_mhz_end", "copy_gb_per_second", "matmul_bf16_tflops",
-    "timestamp", "run", "fastmim_version",
+_OF_THE_RUN = {
+    "gpu_name", "cpu_name", "threads", "torch", "triton", "cuda", "commit", "driver",
+    "sm_clock_mhz", "sm_clock_mhz_end", "copy_gb_per_second", "matmul_bf16_tflops", "timestamp",
+    "run", "fastmim_version",
 }  # fmt: skip
+_TIMED_ROW = {"kept", "total", "quiet", "timed_by", "block_ms", "gb_per_second", "tflops"}
 _STEP_ROW = {
     "images_per_second", "saved_bytes_per_image", "peak_memory_gib", "mfu_percent", "method",
     "parts_ms", "model",
@@ -49,9 +59,12 @@ def test_the_smoke_run_is_complete_and_every_program_matches(tmp_path):
     assert done.returncode == 0, done.stderr
     rows = rows_of.read(path)
     assert all(row["match"] for row in rows)
-    assert {row["suite"] for row in rows} == {suite.NAME for suite in run.SUITES}
-    for suite in ("ops", "step", "ema"):
-        assert all(row.keys() >= _EVERY_ROW for row in rows if row["suite"] == suite)
+    assert {row["suite"] for row in rows} == {known.NAME for known in run.SUITES}
+    for row in rows:
+        assert row.keys() >= suite.EVERY_ROW | _OF_THE_RUN, row["suite"]
+        assert row["status"] == "ok"
+        assert row["suite"] in ("loader", "memory") or row.keys() >= _TIMED_ROW
+        assert row["bytes"] > 0 < row["floor_ms"]
     timed = [row for row in rows if row["suite"] == "step"]
     assert {row["method"] for row in timed} >= {"mae", "rc_mae"}
     assert {row["kernel_provider"] for row in timed} >= {"fastmim", "plain"}
@@ -113,7 +126,8 @@ def test_list_names_suites_shapes_and_programs():
         (["--batch", "64,0"], "expected numbers of images from 1, got '64,0'"),
         (["--suite", "step,ops", "--dtype", "bf16"], "--dtype: suite ops has its own"),
         (["--suite", "ema", "--batch", "8"], "it is for step,memory,distillation,scaling,loader"),
-        (["--suite", "ops", "--op", "norm_linear"], "unknown op 'norm_linear'"),
+        (["--suite", "ops", "--op", "norm_linaer"], "did you mean norm_linear"),
+        (["--suite", "ops", "--compare", "HEAD", "--plot", "."], "its table goes to --json"),
         (["--compa", "HEAD"], "unrecognized arguments: --compa HEAD"),
         (["--rounds", "0"], "--rounds: expected at least 1, got 0"),
         (["--suite", "ema", "--method", "mae"], "--method: suite ema knows none"),
@@ -138,7 +152,7 @@ def test_without_a_suite_those_run_that_know_what_is_asked_for():
     def suites(*words: str) -> list[str]:
         return [suite.NAME for suite in run.parse(words).suite]
 
-    assert suites() == [suite.NAME for suite in run.SUITES] == suites("--suite", "all")
+    assert suites() == [known.NAME for known in run.SUITES] == suites("--suite", "all")
     assert suites("--op", "ema_update_", "--shape", "base") == ["ema"]
     assert "step" in suites("--method", "sdae")
     assert "ops" not in suites("--method", "sdae")
@@ -205,6 +219,8 @@ def test_a_program_that_runs_out_of_memory_is_a_row_and_the_others_go_on(calls_b
     timings = measure.interleave({"greedy": greedy, "modest": lambda: None}, rounds=4, **CPU)
     row = timings["greedy"].row()
     assert (row["status"], row["y_value_50"], row["n"]) == ("oom", None, 0)
+    assert row["reason"] == "OutOfMemoryError: CUDA out of memory"
+    assert measure.judged(timings["greedy"].lost, 0.0, 1.0) == dict(error=None, match=None)
     assert (timings["modest"].row()["status"], len(timings["modest"].blocks)) == ("ok", 4)
     assert measure.speedup(timings["modest"], timings["greedy"]) is None
 
@@ -213,8 +229,12 @@ def test_any_other_error_is_not_taken_for_a_lack_of_memory():
     def wrong():
         raise RuntimeError("mat1 and mat2 shapes cannot be multiplied")
 
-    with pytest.raises(RuntimeError, match="mat1"):
-        measure.interleave({"wrong": wrong}, rounds=1, **CPU)
+    timings = measure.interleave({"wrong": wrong, "right": lambda: None}, rounds=1, **CPU)
+    row = timings["wrong"].row()
+    assert (row["status"], row["y_value_50"]) == ("failed", None)
+    assert row["reason"] == "RuntimeError: mat1 and mat2 shapes cannot be multiplied"
+    assert measure.judged(timings["wrong"].lost, 0.0, 1.0)["match"] is False
+    assert len(timings["right"].blocks) == 1
 
 
 def test_rounds_end_when_their_time_is_over_but_two_are_made():
@@ -222,9 +242,33 @@ def test_rounds_end_when_their_time_is_over_but_two_are_made():
     assert len(timings["any"].blocks) == 2
 
 
-def test_a_process_that_the_system_ends_has_no_result():
-    assert measure.in_fresh_process(os._exit, 9) is None
+def _end_by(number: int) -> None:
+    os.kill(os.getpid(), number)
+
+
+def test_a_process_that_the_system_ends_has_no_result_and_one_that_crashes_has_failed():
     assert measure.in_fresh_process(dict, [("a", 1)]) == {"a": 1}
+    assert measure.in_fresh_process(_end_by, signal.SIGKILL).status == "oom"
+    aborted = measure.in_fresh_process(_end_by, signal.SIGABRT)
+    assert aborted == measure.Lost("failed", "the process ended with exit status -6")
+    limited = measure.in_fresh_process(
+        _end_by, signal.SIGABRT, out_of_memory_by=[signal.SIGKILL, signal.SIGABRT]
+    )
+    assert limited.status == "oom"
+    assert measure.in_fresh_process(os._exit, 9).status == "failed"
+    assert measure.in_fresh_process(int, "x").reason.startswith("ValueError: invalid literal")
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="the system tells no peak")
+def test_the_peak_of_a_call_is_what_it_takes_beside_what_was_there():
+    kept = torch.ones(2**24)
+
+    def call():
+        return (kept + 1).sum()
+
+    for _ in range(2):  # what the first has freed does not hide the second's
+        peak = measure.peak_of_call(call, torch.device("cpu"))["peak_memory_gib"] * 2**30
+        assert 0.98 * kept.nbytes <= peak <= 1.1 * kept.nbytes
 
 
 def test_ceilings_are_those_of_the_machine_within_reason():
@@ -275,13 +319,17 @@ def test_the_words_of_compare_itself_are_not_passed_on():
 
 
 @pytest.mark.skipif(not _CHECKOUT, reason="no checkout with commits to compare")
-def test_a_commit_is_compared_with_itself():
+def test_a_commit_is_compared_with_itself(tmp_path):
+    path = tmp_path / "ratios.jsonl"
     words = ["--smoke", "--device", "cpu", "--suite", "ema", "--op", "ema_update_"]
-    done = _run("--compare", "HEAD", "--turns", "2", *words)
+    done = _run("--compare", "HEAD", "--turns", "2", *words, "--json", str(path))
     assert done.returncode == 0, done.stderr
     assert "times as fast" in done.stdout
     assert "ema_update_" in done.stdout
     assert "tree" not in machine.git("worktree", "list").split()
+    for row in rows_of.read(path):
+        assert row["low"] <= row["ratio"] <= row["high"]
+        assert row["other_commit"] in row["commit"] + machine.git("rev-parse", "HEAD")
 
 
 def test_a_commit_that_does_not_exist_is_refused():
@@ -343,10 +391,16 @@ def test_measured_and_predicted_stand_apart_and_the_newest_row_counts(tmp_path):
     )  # fmt: skip
     lines = [row, {**row, "y_value_50": 2.5}, {**row, "shape": "smoked", "smoke": True}]
     (folder / "2026-01-02.jsonl").write_text("\n".join(map(json.dumps, lines)))
+    older = [{**row, "y_value_50": 9.0}, {**row, "shape": "large", "commit": "old"}]
+    compared = {**row, "shape": "compared", "other_commit": "old"}
+    (folder / "2026-01-01.jsonl").write_text("\n".join(map(json.dumps, [*older, compared])))
     (folder / "notes.jsonl").write_text("no row")
     measured, _, predicted = report.render(tmp_path, run.SUITES).partition("## Predicted")
     assert "| base | ema_update_ | cuda | 7 | 2.50 |" in measured
+    assert "| large | ema_update_ | cuda | 7 | 1.00 |" in measured  # the newer file has none
+    assert "9.00" not in measured
     assert "smoked" not in measured
+    assert "| compared |" not in measured
     assert "H200" not in measured
     assert "RC-MAE" in predicted
 

@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from typing import NamedTuple
 
 import torch
+from machine import libraries
 from torch import Tensor, nn
 
 from fastmim import create_model
@@ -158,8 +159,21 @@ class StepProgram(ABC):
         """
 
     @abstractmethod
+    def update(self) -> None:
+        """AdamW on the gradients that are there, and the teacher that follows at every step."""
+
+    @abstractmethod
     def step(self, batch: Batch) -> None:
         """All of one optimizer step, masks included."""
+
+    @abstractmethod
+    def followed(self) -> list[tuple[Tensor, Tensor]]:
+        """Trained parameters of a teacher that follows at every step, each with its student's."""
+
+    @classmethod
+    def backend(cls, case: Case) -> dict:
+        """Fields of a row: what computes, and versions of the libraries."""
+        return dict(backend="torch", libraries=libraries(cls.modules))
 
     def gradients(self) -> dict[str, Tensor | None]:
         """Gradients of the student's trained parameters by their published names."""

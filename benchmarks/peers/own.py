@@ -3,6 +3,7 @@
 import itertools
 
 import torch
+from machine import libraries, serving
 from torch import Tensor
 
 from fastmim import create_model
@@ -10,6 +11,7 @@ from fastmim.methods import METHODS
 from fastmim.ops import masks_from_shuffle, use_backend
 from fastmim.train import Engine
 from fastmim.train.distributed import World
+from fastmim.train.engine import Votes
 from peers.base import Batch, Case, StepProgram, autocast
 
 
@@ -19,7 +21,7 @@ class FastMIM(StepProgram):
     name = "fastmim"
     memory = "standard"
     residual_dtype: torch.dtype | None = None
-    backend: str | None = None
+    forced: str | None = None
     compiled = False
 
     def __init__(self, case: Case) -> None:
@@ -56,11 +58,29 @@ class FastMIM(StepProgram):
 
     def loss(self, imgs: Tensor, ids_shuffle: Tensor) -> Tensor:
         masks = masks_from_shuffle(ids_shuffle, self._engine.num_keep)
-        with autocast(self.case), use_backend(self.backend):
+        with autocast(self.case), use_backend(self.forced):
             return self._engine.method(imgs, masks).total
 
+    def update(self) -> None:
+        step, loss = next(self._step), torch.zeros((), device=self.case.device)
+        with use_backend(self.forced):
+            self._engine._update(step, 1, {"loss": loss}, Votes)
+            self._engine._follow(step, 0, 1)
+
+    def followed(self) -> list[tuple[Tensor, Tensor]]:
+        if self._engine.method.teacher_follows != "step":
+            return []
+        teachers = dict(self._engine.method.teacher.module.named_parameters())
+        students = self.student.named_parameters()
+        return [(teachers[name], p) for name, p in students if p.requires_grad]
+
+    @classmethod
+    def backend(cls, case: Case) -> dict:
+        served = cls.forced or serving(torch.device(case.device))
+        return dict(backend=served, libraries=libraries(["triton"] if "triton" in served else []))
+
     def step(self, batch: Batch) -> None:
-        with use_backend(self.backend):
+        with use_backend(self.forced):
             result = self._engine.run_step(next(self._step), [batch])
         if result.skipped:
             raise RuntimeError("the step was skipped: a loss or gradient was not finite")
@@ -131,7 +151,7 @@ class Reference(FastMIM):
     """fastmim with every operator in plain PyTorch."""
 
     name = "fastmim-reference"
-    backend = "reference"
+    forced = "reference"
 
 
 OWN: dict[str, type[StepProgram]] = {

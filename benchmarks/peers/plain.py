@@ -149,8 +149,11 @@ class Plain(StepProgram):
             loss = loss + self.recipe.gamma * masked_mse(pred, target, masked)
         return loss
 
+    def followed(self) -> list[tuple[Tensor, Tensor]]:
+        pairs = zip(self._teachers, self._students, strict=True)
+        return list(pairs) if self._teachers else []
+
     def update(self) -> None:
-        """Weights, and the teacher that follows at every step."""
         self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=True)
         if self._teachers:
