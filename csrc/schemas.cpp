@@ -28,6 +28,9 @@ STABLE_TORCH_LIBRARY(fastmim_native, m) {
       "Tensor? teacher_pred, float gamma, Tensor? scale, Tensor? shift) "
       "-> (Tensor, Tensor, Tensor, Tensor)");
   m.def(
+      "feature_loss(Tensor pred, Tensor target, Tensor? ids, bool normalize, Tensor? weight, "
+      "Tensor? bias, str kind, float beta) -> (Tensor, Tensor)");
+  m.def(
       "restore_tokens(Tensor x, Tensor mask_token, Tensor ids_shuffle, Tensor ids_restore, "
       "Tensor pos_embed) -> Tensor");
   m.def(

@@ -4,8 +4,8 @@ import torch
 from torch import Tensor
 
 from fastmim.ops import reference
-from fastmim.ops._limits import refuse_rows
-from fastmim.ops._registry import Implementation, Op
+from fastmim.ops._limits import refuse_native, refuse_rows
+from fastmim.ops._registry import Implementation, Native, Op
 from fastmim.ops.gather import random_ids
 from fastmim.ops.scale import scale
 
@@ -106,6 +106,10 @@ def _refuse(pred, target, ids, normalize, weight, bias, kind, beta):
     return refuse_rows(pred, target, weight, bias)
 
 
+def _refuse_native(pred, target, ids, normalize, weight, bias, kind, beta):
+    return refuse_native(pred, target)
+
+
 def _make(b, m, n, d, kind, normalize, device, dtype):
     pred, target = (torch.randn(b, k, d, device=device, dtype=dtype) for k in (m, n))
     ids = random_ids(b, n, m, device)
@@ -123,6 +127,7 @@ _feature_loss = Op(
     fake=_fake_feature_loss,
     implementations={
         "reference": reference.feature_loss,
+        "cpp": Implementation(Native("feature_loss"), accepts=_refuse_native),
         "triton": Implementation("fastmim.kernels.feature_loss:feature_loss", accepts=_refuse),
     },
     shapes={
