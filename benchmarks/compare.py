@@ -24,6 +24,7 @@ import fastmim
 _OWN_OPTIONS = ("--compare", "--turns", "--json", "--csv", "--plot")
 _NATIVE = ("csrc", "CMakeLists.txt", "setup.py")  # of which the compiled part is made
 _RESAMPLES = 2000
+_END = "\nwritten:"  # begins the last line of run.py
 # Of the rows of this side, about all.
 _ABOUT = ("gpu_name", "cpu_name", "threads", "torch", "triton", "cuda", "commit", "run")
 # fmt: off
@@ -153,7 +154,7 @@ def _measured(side: Side, words: Sequence[str], path: Path) -> list[dict]:
         text=True,
         check=False,
     )
-    if not path.exists():
+    if not path.exists() or _END not in done.stdout:  # a run that broke off has only some rows
         raise subprocess.CalledProcessError(done.returncode, program, stderr=done.stderr)
     return rows_of.read(path)
 
@@ -176,7 +177,7 @@ def compared(this: list[list[dict]], other: list[list[dict]]) -> list[dict]:
 def _ratio(about: dict, pairs: list[tuple[dict, dict]]) -> dict:
     row = {field: about.get(field) for field in rows_of.KEY}
     if not all(_has_time(side) for pair in pairs for side in pair):
-        return {**row, "verdict": "no time: wrong, or out of memory"}
+        return {**row, "verdict": "no time: wrong, lost, or of memory alone"}
     ours, theirs = (
         [np.array(side["block_ms"]) for side in sides] for sides in zip(*pairs, strict=True)
     )

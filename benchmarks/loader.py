@@ -75,7 +75,11 @@ def _compare(shape: str, folder: Path, side: int, batch: int, options: Options) 
     programs = [p for p in ("fastmim", "pillow") if options.wants(p)]
     counts = _worker_counts(options.smoke)
     options.say(f"{NAME} {shape}: {len(programs)} programs with {counts} workers")
-    right = {"fastmim": _same_batches(folder, side, batch, counts), "pillow": _same_pixels(folder)}
+    checks = {
+        "fastmim": (_same_batches, folder, side, batch, counts),
+        "pillow": (_same_pixels, folder),
+    }
+    right = {program: attempt(*check) is True for program, check in checks.items()}
     makers = {"fastmim": _fastmim, "pillow": _pillow}
     found: dict[tuple[str, int], _Rate | Lost] = {}
     for workers, program in itertools.product(counts, programs):
@@ -105,6 +109,7 @@ def _compare(shape: str, folder: Path, side: int, batch: int, options: Options) 
             y_value_20=p20,
             y_value_50=p50,
             y_value_80=p80,
+            block_ms=[] if lost else [1e3 * seconds for seconds in rate.seconds],
             n=0 if lost else len(rate.seconds),
             images_per_second=None if lost else batch / rate.median,
             waited_ms=None if lost else rate.waited * 1e3,

@@ -152,10 +152,16 @@ def attempt(function: Callable[..., Result], *args) -> Result | Lost:
         )
         if lost.status == "failed":
             traceback.print_exc()
+    free_memory()
+    return lost
+
+
+def free_memory() -> None:
+    """Give back what nothing refers to: another program, or another process, may need it."""
     gc.collect()
     if torch.cuda.is_initialized():
-        torch.cuda.empty_cache()
-    return lost
+        with contextlib.suppress(RuntimeError):  # a kernel that failed ends every later call
+            torch.cuda.empty_cache()
 
 
 def status_of(lost: Lost | None) -> dict:
@@ -457,6 +463,7 @@ def in_fresh_process(
         out_of_memory_by: Signals that end a process whose memory does not suffice. Without a limit
             of its own that is the system's; under one, libraries give up in other ways.
     """
+    free_memory()
     context = start_server([function.__module__])
     receiver, sender = context.Pipe(duplex=False)
     process = context.Process(target=_answer, args=(sender, function, args))

@@ -56,8 +56,8 @@ _IN_SMOKE = ("fastmim", "plain")
 _CPU_LIMIT_GIB = {"tiny32": 1.0}
 _OTHER_CPU_LIMIT_GIB = 3.0
 _SMOKE_BATCH = 8
-# By which libraries end a process that gets no more memory under a limit.
-_ENDED = (signal.SIGKILL, signal.SIGABRT, signal.SIGSEGV, signal.SIGBUS)
+# What ends a process without memory: the system, or C++ when an allocation throws in a thread.
+_ENDED = (signal.SIGKILL, signal.SIGABRT)
 _FINENESS = 8  # the largest batch is sought to a power of two of at most this part of it
 
 
@@ -93,12 +93,12 @@ def run(options: Options) -> Iterator[dict]:
         for name in programs:
             options.say(f"{NAME} {shape} {method} {dtype}: {name}")
             peaks = _Peaks(name, case, limit, truth)
-            modes = [("peak", batch), ("peak", 2 * batch)]
+            found = [("peak", count, peaks(count)) for count in (batch, 2 * batch)]
             if not short:
-                largest = find_largest(peaks.gib, (batch, 2 * batch), limit)
-                modes.append(("largest batch", largest))
-            for mode, count in modes:
-                row = _row(shape, case, name, mode, count, peaks, options)
+                found.append(("largest batch", *_largest(peaks, batch)))
+            for mode, count, measured in found:
+                about = dataclasses.replace(case, batch=count)
+                row = _row(shape, about, name, mode, measured, limit, options)
                 yield {**row, "absent": absent} if name == "fastmim" else row
 
 
@@ -144,9 +144,30 @@ class _Peaks:
         return self._known[batch]
 
     def gib(self, batch: int) -> float | None:
-        """Peak of a batch; None if it does not fit."""
+        """Peak of a batch; None if it does not fit.
+
+        Raises:
+            _Failed: If it fails in another way: then nothing is known of larger ones.
+        """
         measured = self(batch)
-        return None if isinstance(measured, Lost) else measured["peak_memory_gib"]
+        if not isinstance(measured, Lost):
+            return measured["peak_memory_gib"]
+        if measured.status == "failed":
+            raise _Failed(batch, measured)
+        return None
+
+
+class _Failed(Exception):
+    """A batch, and how it failed."""
+
+
+def _largest(peaks: _Peaks, batch: int) -> tuple[int, dict | Lost]:
+    """The largest batch that fits and its peak; or one that failed while it was sought."""
+    try:
+        largest = find_largest(peaks.gib, (batch, 2 * batch), peaks.limit)
+    except _Failed as failure:
+        return failure.args
+    return largest, peaks(largest) if largest else Lost("oom", "not even one image fits")
 
 
 def _peak(name: str, case: Case, limit: float, truth: dict[str, float] | Lost) -> dict:
@@ -224,17 +245,22 @@ def find_largest(
 
 
 def _row(
-    shape: str, case: Case, name: str, mode: str, batch: int, peaks: _Peaks, options: Options
+    shape: str,
+    case: Case,
+    name: str,
+    mode: str,
+    measured: dict | Lost,
+    limit: float,
+    options: Options,
 ) -> dict:
-    measured = peaks(batch) if batch else Lost("oom", "not even one image fits")
     lost = measured if isinstance(measured, Lost) else None
     found = {} if lost else measured
     peak = found.get("peak_memory_gib")
     total = step_total(
-        step_parts(case.model, case.method, batch, case.dtype), options.ceilings, case.dtype
+        step_parts(case.model, case.method, case.batch, case.dtype), options.ceilings, case.dtype
     )
     against = options.against_floor(None, total.floor, total.bytes, total.flops, case.dtype)
-    least = least_memory(case.model, case.method, batch, case.dtype) / 2**30
+    least = least_memory(case.model, case.method, case.batch, case.dtype) / 2**30
     return dict(
         suite=NAME,
         shape=shape,
@@ -246,8 +272,8 @@ def _row(
         dtype=case.dtype,
         images=case.images,
         x_name="batch",
-        x_value=batch,
-        limit_gib=peaks.limit,
+        x_value=case.batch,
+        limit_gib=limit,
         **PROGRAMS[name].backend(case),
         **status_of(lost),
         metric_name="GiB",

@@ -18,6 +18,7 @@ _NAMES = {
     "bootmae-style": "BootMAE style",
 }  # fmt: skip
 _OTHER = ("v", "-")
+_OF_OPERATORS = ("ops", "attention", "ema")
 _OURS = ("fastmim", "cuda", "triton", "cpp")
 _HIGHEST = 250  # per cent of the floor that are drawn
 
@@ -46,7 +47,7 @@ def draw(rows: Sequence[dict], folder: Path) -> list[Path]:
         "parts": (_by_part, _with(trained, "parts_ms")),
         "operators": (
             _operators,
-            [r for r in _with(good, "percent_of_floor") if "method" not in r],
+            [r for r in _with(good, "percent_of_floor") if r["suite"] in _OF_OPERATORS],
         ),
     }
     written = []

@@ -15,6 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from fastmim import ops
+from fastmim.data.augment import Augmentation, crop_box
 from fastmim.nn.patch_embed import IMAGENET_MEAN, IMAGENET_STD
 from fastmim.ops import OPS, Masks, reference, use_backend
 
@@ -114,11 +115,13 @@ class Calls(NamedTuple):
         ours: The operator, returning all results that must be right.
         plain: The same in plain PyTorch at its best.
         truth: What both must be: ``plain`` in float64, or bits.
+        compiled: Puts ``plain`` under torch.compile, for these very shapes; its gradient too.
     """
 
     ours: Call
     plain: Call
     truth: Call
+    compiled: Callable[[], Call] | None = None
 
 
 def relative(results: list[Tensor], expected: list[Tensor]) -> float:
@@ -224,10 +227,15 @@ def _both_passes(
         double_grads = None if grads is None else [g.double() for g in grads]
         return _differentiated(plain, double, wanted, double_grads)
 
+    def compiled() -> Call:
+        made = torch.compile(plain, dynamic=False)
+        return functools.partial(_differentiated, made, args, wanted, grads)
+
     return Calls(
         functools.partial(_differentiated, ours, args, wanted, grads),
         functools.partial(_differentiated, plain, args, wanted, grads),
         truth,
+        compiled,
     )
 
 
@@ -246,7 +254,9 @@ def _by_reference(ours: Call) -> Call:
 
 
 def _sample_crops(s: Sizes) -> Problem:
+    """The truth is the loader's own draw, by NumPy."""
     side = s.stored_size
+    ranges = Augmentation(scale=_AREA, ratio=_RATIO, hflip=_HFLIP)
 
     def make(given: Inputs) -> Calls:
         sample_ids = given.sample_ids()
@@ -268,7 +278,11 @@ def _sample_crops(s: Sizes) -> Problem:
             corner = (u[:, 1:3] * (side - box + 1)).floor()
             return [torch.cat([corner, box, u[:, :1] < _HFLIP], dim=1).int()]
 
-        return Calls(ours, plain, _by_reference(ours))
+        def truth() -> list[Tensor]:
+            boxes = [crop_box(side, side, ranges, seed=0, epoch=0, index=i) for i in range(s.batch)]
+            return [torch.tensor(boxes, dtype=torch.int32, device=given.device)]
+
+        return Calls(ours, plain, truth)
 
     def drawn(results: list[Tensor]) -> bool:
         top, left, h, w, flip = results[0].unbind(dim=1)

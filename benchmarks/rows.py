@@ -2,6 +2,7 @@
 
 import csv
 import json
+import math
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 
@@ -42,9 +43,16 @@ def standing(rows: Sequence[dict]) -> list[dict]:
 
 
 def append(path: Path, row: dict) -> None:
-    """Add a row to a JSONL file; it is there even if the next one fails."""
+    """Add a row to a JSONL file; it is there even if the next one fails.
+
+    JSON knows no infinity and no NaN: an error that is none is None beside a false ``match``.
+    """
+    known = {
+        name: None if isinstance(value, float) and not math.isfinite(value) else value
+        for name, value in row.items()
+    }
     with path.open("a") as out:
-        print(json.dumps(row), file=out)
+        print(json.dumps(known, allow_nan=False), file=out)
 
 
 def read(path: Path) -> list[dict]:

@@ -19,10 +19,10 @@ from types import ModuleType
 import steps
 import torch
 import torch.distributed as dist
-from measure import Lost, attempt, judged, peak_memory, status_of, synchronize
+from measure import Lost, attempt, judged, peak_of_call, status_of, synchronize
 from peers import Case, FastMIM
 from roofline import step_parts, step_total
-from suite import FLOOR, Column, Options, Suite
+from suite import FLOOR, PEAK, Column, Options, Suite
 from torch import Tensor, nn
 
 from fastmim.train.distributed import World
@@ -39,7 +39,7 @@ COLUMNS: list[Column] = [
     ("without average ms", "unsynchronised_ms", ".2f"), ("average alone ms", "average_ms", ".2f"),
     ("img/s", "images_per_second", ".2f"), *FLOOR[1:], ("MFU %", "mfu_percent", ".0f"),
     ("efficiency", "efficiency", ".2f"), ("average hidden", "overlap", ".2f"),
-    ("peak GiB", "peak_memory_gib", ".2f"), ("match", "match", ""), ("status", "status", ""),
+    PEAK, ("match", "match", ""), ("status", "status", ""),
 ]
 # fmt: on
 _SMOKE_BATCH = 8
@@ -111,15 +111,27 @@ def run(options: Options) -> Iterator[dict]:
 def _rehearsed(case: Case) -> tuple[FastMIM | None, Lost | None]:
     """A program that has done a step by itself in every process, or why there is none."""
     made = attempt(_stepped, case)
-    missing = _greatest(float(isinstance(made, Lost)))
-    if not missing:
+    statuses = ("ok", "oom", "failed")
+    mine = made.status if isinstance(made, Lost) else "ok"
+    worst = statuses[int(_greatest(statuses.index(mine)))]
+    if worst == "ok":
         return made, None
-    return None, made if isinstance(made, Lost) else Lost("oom", "another process has no memory")
+    return None, made if worst == mine else Lost(worst, "another process is lost")
 
 
 def _stepped(case: Case) -> FastMIM:
-    program = FastMIM(case)
-    program.step(case.batches()[0])
+    """With as much memory taken beside it as all that is measured needs.
+
+    Later, in the midst of an average, a process that runs out of memory would leave the others
+    waiting.
+    """
+    program, beside = FastMIM(case), FastMIM(case)
+    for each in (program, beside):
+        each.step(case.batches()[0])
+    trained = sum(p.numel() for p in program.student.parameters() if p.requires_grad)
+    buckets = torch.empty(2 * trained, device=case.device)  # DDP's, and those of the average alone
+    beside.step(case.batches()[1])
+    del buckets
     return program
 
 
@@ -139,7 +151,7 @@ def _measured(case: Case, alone: FastMIM, options: Options) -> dict:
         images_per_second=world_size() * case.batch / median["together"],
         efficiency=median["alone"] / median["together"],
         overlap=_overlap(median),
-        **peak_memory(options.device),
+        **peak_of_call(together.synchronised, options.device),
         error=0.0 if equal else math.inf,
     )
 

@@ -29,12 +29,13 @@ number, "assumed" is written below.
 """
 
 import dataclasses
+import functools
 import itertools
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 
 import torch
 import torch.nn.functional as F
-from measure import Lost, Timing, attempt, in_fresh_process, interleave, judged, speedup
+from measure import Lost, Timing, attempt, in_fresh_process, interleave, judged
 from peers import Case, FastMIM, StepProgram
 from peers.base import autocast, normalized
 from peers.plain import Plain, PlainEncoder, gather, masked_mse, pixels, standardized
@@ -50,7 +51,17 @@ from roofline import (
     step_total,
     update_bytes,
 )
-from steps import TOLERANCE, errors_of, footprint_of, truth_of
+from steps import (
+    TOLERANCE,
+    Memory,
+    Timed,
+    errors_of,
+    footprint_fields,
+    footprint_of,
+    in_groups,
+    ratio,
+    truth_of,
+)
 from suite import CHECKS, FLOOR, TIMES, Column, Options, images_per_second
 from torch import Tensor, nn
 
@@ -483,30 +494,40 @@ def run(options: Options) -> Iterator[dict]:
             (method, program): Case(model, batch, _method(method), dtype, options.device.type)
             for method, program in _COMPARED
         }
-        footprints: dict[tuple[str, str], dict | Lost] = {key: {} for key in cases}
+        footprints: dict[tuple[str, str], Memory] = {key: {} for key in cases}
         for key, case in cases.items():
             options.say(f"{NAME} {shape}: memory of {' '.join(key)}")
             if options.memory:
                 footprints[key] = in_fresh_process(_footprint, key, case)
-        timings: dict[tuple[str, str], Timing] = {}
-        calls, errors = {}, {}
+        timings, errors = in_groups(
+            footprints, options.device, functools.partial(_timed, shape, cases, options)
+        )
         for key, case in cases.items():
-            options.say(f"{NAME} {shape}: correctness of {' '.join(key)}")
-            made = attempt(_checked, key, case)
-            if isinstance(made, Lost):
-                timings[key] = Timing(lost=made)
-            else:
-                calls[key], errors[key] = made
-        options.say(f"{NAME} {shape}: timing {len(calls)} programs in turns")
-        timings |= interleave(calls, **options.timing())
-        for key, case in cases.items():
+            found = errors.get(key, {})
             yield {
-                **_row(shape, key, case, timings, footprints, options),
-                "update_error": errors.get(key, {}).get("update_error"),
-                **judged(
-                    timings[key].lost, errors.get(key, {}).get("error"), _tolerance(key, dtype)
-                ),
+                **_row(shape, key, case, timings, footprints[key], footprints[_PEER], options),
+                "update_error": found.get("update_error"),
+                **judged(timings[key].lost, found.get("error"), _tolerance(key, dtype)),
             }
+
+
+def _timed(
+    shape: str,
+    cases: Mapping[tuple[str, str], Case],
+    options: Options,
+    group: Sequence[tuple[str, str]],
+) -> Timed:
+    """Timings in turns, and how far each program is off."""
+    lost, calls, errors = {}, {}, {}
+    for key in group:
+        options.say(f"{NAME} {shape}: correctness of {' '.join(key)}")
+        made = attempt(_checked, key, cases[key])
+        if isinstance(made, Lost):
+            lost[key] = Timing(lost=made)
+        else:
+            calls[key], errors[key] = made
+    options.say(f"{NAME} {shape}: timing {len(calls)} programs in turns")
+    return lost | interleave(calls, **options.timing()), errors
 
 
 def _tolerance(key: tuple[str, str], dtype: str) -> float:
@@ -519,7 +540,7 @@ def _method(name: str) -> str:
 
 
 def _footprint(key: tuple[str, str], case: Case) -> dict:
-    return footprint_of(_COMPARED[key](case), case)
+    return footprint_of(_COMPARED[key], case)
 
 
 def _checked(key: tuple[str, str], case: Case):
@@ -546,17 +567,17 @@ def _row(
     key: tuple[str, str],
     case: Case,
     timings: Mapping[tuple[str, str], Timing],
-    footprints: Mapping[tuple[str, str], dict | Lost],
+    footprint: Memory,
+    peers_footprint: Memory,
     options: Options,
 ) -> dict:
     method, program = key
     measured = timings[key].row()
     ms = measured["y_value_50"]
-    memory, peer = (
-        {} if isinstance(made, Lost) else made for made in (footprints[key], footprints[_PEER])
-    )
-    saved, peers_saved = (made.get("saved_bytes_per_image") for made in (memory, peer))
-    faster = speedup(timings[key], timings[_PEER])
+    memory = footprint_fields(footprint)
+    saved = memory["saved_bytes_per_image"]
+    peers_saved = footprint_fields(peers_footprint)["saved_bytes_per_image"]
+    faster = ratio(timings[key], timings[_PEER])
     student, teacher = _tokens(method, case)
     total = step_total(_parts(method, case), options.ceilings, case.dtype)
     return dict(
@@ -578,10 +599,8 @@ def _row(
         images_per_second=images_per_second(case.batch, ms),
         **options.against_floor(ms, total.floor, total.bytes, total.flops, case.dtype),
         time_over_rc_mae=None if faster is None else 1 / faster,
-        saved_bytes_per_image=saved,
+        **memory,
         saved_over_rc_mae=saved / peers_saved if saved and peers_saved else None,
-        peak_memory_gib=memory.get("peak_memory_gib"),
-        peak_reserved_gib=memory.get("peak_reserved_gib"),
     )
 
 

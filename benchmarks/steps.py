@@ -12,6 +12,7 @@ from measure import (
     Lost,
     Timing,
     attempt,
+    free_memory,
     in_fresh_process,
     interleave,
     judged,
@@ -61,6 +62,7 @@ _ROUNDING, _OF_UPDATE = 2**-23, 1e-5
 
 Variant = tuple[str, str]  # program, dtype
 Memory = dict | Lost  # fields of a row, or why there are none
+Timed = tuple[dict[Variant, Timing], dict[Variant, dict]]  # and fields of the rows
 
 
 def describe() -> list[str]:
@@ -98,19 +100,12 @@ def _compare(shape: str, case: Case, options: Options) -> Iterator[dict]:
         for key, variant in variants.items():
             options.say(f"{title}: memory of {' '.join(key)}")
             footprints[key] = in_fresh_process(footprint, key[0], variant)
-    lost = {key: made for key, made in footprints.items() if isinstance(made, Lost)}
-    timings = {key: Timing(lost=why) for key, why in lost.items()}
-    found: dict[Variant, dict] = {}
-    fitting = {key: made for key, made in footprints.items() if key not in lost}
-    waiting = _groups(fitting, options.device)
-    while waiting:
-        group = waiting.pop(0)
+
+    def timed(group: list[Variant]) -> Timed:
         options.say(f"{title}: timing {len(group)} programs in turns")
-        made, fields = _timed({key: variants[key] for key in group}, truth, options)
-        timings |= made
-        found |= fields
-        if len(group) > 1:  # what does not fit beside the others may fit alone
-            waiting += [[key] for key in group if (timings[key].lost or ("",))[0] == "oom"]
+        return _timed({key: variants[key] for key in group}, truth, options)
+
+    timings, found = in_groups(footprints, options.device, timed)
     for key, variant in variants.items():
         error = found.get(key, {}).pop("error", None)
         yield {
@@ -119,7 +114,7 @@ def _compare(shape: str, case: Case, options: Options) -> Iterator[dict]:
             "shape": shape,
             "update_error": None,
             **found.get(key, {}),
-            **{f: fitting.get(key, {}).get(f) for f in _FOOTPRINT},
+            **footprint_fields(footprints[key]),
             **({"absent": absent} if key[0] == "fastmim" else {}),
         }
 
@@ -142,6 +137,34 @@ def _variants(case: Case, options: Options) -> tuple[dict[Variant, Case], dict[s
     return variants, absent
 
 
+def in_groups(
+    footprints: Mapping[Variant, Memory],
+    device: torch.device,
+    timed: Callable[[list[Variant]], Timed],
+) -> Timed:
+    """Time programs in groups that fit into memory together.
+
+    Args:
+        footprints: Of each program; empty if unknown. One that does not fit alone is lost.
+        device: Whose memory is shared.
+        timed: Times a group in turns.
+    """
+    timings = {key: Timing(lost=made) for key, made in footprints.items() if isinstance(made, Lost)}
+    found: dict[Variant, dict] = {}
+    fitting = {key: made for key, made in footprints.items() if key not in timings}
+    free_memory()
+    waiting = _groups(fitting, device)
+    while waiting:
+        group = waiting.pop(0)
+        made, fields = timed(group)
+        timings |= made
+        found |= fields
+        free_memory()
+        if len(group) > 1:  # what does not fit beside the others may fit alone
+            waiting += [[key] for key in group if (timings[key].lost or ("",))[0] == "oom"]
+    return timings, found
+
+
 def _groups(footprints: Mapping[Variant, dict], device: torch.device) -> list[list[Variant]]:
     """Programs that fit into memory together: all at rest but one, which is at its peak."""
     limit = _USED * total_memory(device, host_share=1.0)  # what they take has been measured
@@ -149,7 +172,7 @@ def _groups(footprints: Mapping[Variant, dict], device: torch.device) -> list[li
     resting = highest = float("inf")
     for key, taken in footprints.items():
         rest = taken.get("resting_memory_gib") or 0.0
-        rise = (taken.get("peak_memory_gib") or 0.0) - rest
+        rise = taken.get("rising_memory_gib") or 0.0
         if resting + rest + max(highest, rise) > limit:
             groups.append([])
             resting = highest = 0.0
@@ -160,7 +183,7 @@ def _groups(footprints: Mapping[Variant, dict], device: torch.device) -> list[li
 
 def _timed(
     variants: Mapping[Variant, Case], truth: Mapping[str, Tensor] | Lost, options: Options
-) -> tuple[dict[Variant, Timing], dict[Variant, dict]]:
+) -> Timed:
     """Timings in turns; how far each is off, and the parts of those steps."""
     batches = next(iter(variants.values())).batches()
     programs: dict[Variant, Parts] = {}
@@ -274,14 +297,14 @@ def _row(
         **measured,
         images_per_second=images_per_second(case.batch, ms),
         **options.against_floor(ms, total.floor, total.bytes, total.flops, case.dtype),
-        vs_official=_ratio(timing, timings.get(("official", case.dtype))),
-        vs_peer=_ratio(timing, timings.get(("plain", case.dtype))),
-        vs_compiled=_ratio(timing, timings.get(("compiled", case.dtype))),
-        vs_fp32=_ratio(timing, timings.get((name, "fp32"))),
+        vs_official=ratio(timing, timings.get(("official", case.dtype))),
+        vs_peer=ratio(timing, timings.get(("plain", case.dtype))),
+        vs_compiled=ratio(timing, timings.get(("compiled", case.dtype))),
+        vs_fp32=ratio(timing, timings.get((name, "fp32"))),
     )
 
 
-def _ratio(timing: Timing, peer: Timing | None) -> float | None:
+def ratio(timing: Timing, peer: Timing | None) -> float | None:
     """How many times as fast as the peer; by medians if they did not take turns."""
     if peer is None or not timing.blocks or not peer.blocks:
         return None
@@ -305,9 +328,10 @@ def _order(case: Case, count: int) -> Tensor:
 
 
 def truth_of(kind: type[StepProgram], case: Case) -> dict[str, Tensor]:
-    """Loss and gradients of a program in float64."""
+    """Loss and gradients of a program in float64, in the host's memory."""
     exact = dataclasses.replace(case, dtype="fp64", batch=CHECKED_IMAGES)
-    return loss_and_gradients(kind(exact), exact)
+    values = loss_and_gradients(kind(exact), exact)
+    return {name: value.cpu() for name, value in values.items()}
 
 
 def loss_and_gradients(program: StepProgram, case: Case) -> dict[str, Tensor]:
@@ -326,7 +350,7 @@ def _error(
     """Largest relative error of the loss and of all gradients, as Euclidean norms."""
     if values.keys() != truth.keys() or any(value is None for value in values.values()):
         return float("inf")
-    off = torch.stack([(values[n].double() - t).norm() for n, t in truth.items()])
+    off = torch.stack([(values[n].double().cpu() - t).norm() for n, t in truth.items()])
     size = torch.stack([t.norm() for t in truth.values()])
     if together:  # the loss comes first
         off, size = (torch.stack([v[0], v[1:].norm()]) for v in (off, size))
@@ -334,23 +358,38 @@ def _error(
 
 
 _FOOTPRINT = (
-    "saved_bytes_per_image", "peak_memory_gib", "peak_reserved_gib", "resting_memory_gib"
+    "saved_bytes_per_image", "peak_memory_gib", "peak_reserved_gib", "resting_memory_gib",
+    "rising_memory_gib",
 )  # fmt: skip
+
+
+def footprint_fields(made: Memory) -> dict:
+    """Fields of a row: memory, or None of a program whose is not known."""
+    return {name: None if isinstance(made, Lost) else made.get(name) for name in _FOOTPRINT}
 
 
 def footprint(name: str, case: Case) -> dict:
     """Memory of one program; to be called in a process of its own."""
-    return footprint_of(PROGRAMS[name](case), case)
+    return footprint_of(PROGRAMS[name], case)
 
 
-def footprint_of(program: StepProgram, case: Case) -> dict:
-    """What the program's steps keep for the backward pass, take at their peak, and leave."""
+def footprint_of(kind: type[StepProgram], case: Case) -> dict:
+    """What the program's steps keep for the backward pass, take at their peak, and leave.
+
+    What it has at rest and how far it rises is without Python and PyTorch, of which there is one.
+    """
     device = torch.device(case.device)
+    before = memory_in_use(device)
+    program = kind(case)
     batches = case.batches()
     for batch in batches[:2]:  # the optimizer makes its state in the first
         program.step(batch)
     synchronize(device)
-    measured = dict(**peak_memory(device), resting_memory_gib=memory_in_use(device))
+    measured = peak_memory(device)
+    if before is not None:
+        after = memory_in_use(device)
+        measured["resting_memory_gib"] = after - before
+        measured["rising_memory_gib"] = (measured["peak_memory_gib"] or after) - after
     imgs = batches[0].imgs
     ids_shuffle = _order(case, case.batch)
     total = saved_bytes(

@@ -236,7 +236,7 @@ def test_a_container_is_given_no_more_than_its_limit(tmp_path):
 
 def test_programs_that_do_not_fit_together_are_timed_apart(monkeypatch):
     monkeypatch.setattr(steps, "total_memory", lambda device, host_share: 10.0)
-    taken = {name: dict(resting_memory_gib=2.0, peak_memory_gib=5.0) for name in "abcd"}
+    taken = {name: dict(resting_memory_gib=2.0, rising_memory_gib=3.0) for name in "abcd"}
     assert steps._groups(taken, CPU) == [["a", "b", "c"], ["d"]]
     assert steps._groups({"a": {}, "b": {}}, CPU) == [["a", "b"]]
 
@@ -288,9 +288,31 @@ def test_a_step_cost_model_computes_in_float32_what_it_does_in_float64(kind):
 def test_methods_with_more_tokens_keep_more():
     saved = {}
     for kind in (stepcost.IBot, plain.Plain):
-        program = kind(case("rc_mae"))
-        saved[kind] = steps.footprint_of(program, program.case)["saved_bytes_per_image"]
+        saved[kind] = steps.footprint_of(kind, case("rc_mae"))["saved_bytes_per_image"]
     assert saved[stepcost.IBot] > 5 * saved[plain.Plain]
+
+
+def test_a_program_that_fails_ends_the_search_for_its_largest_batch():
+    class Peaks(memory._Peaks):
+        def __call__(self, batch):
+            crash = steps.Lost("failed", "the process ended with exit status -11")
+            return dict(peak_memory_gib=1 + 0.1 * batch) if batch <= 6 else crash
+
+    batch, found = memory._largest(Peaks("plain", SMALL, 5.0, {}), 2)
+    assert batch > 6
+    assert found.status == "failed"
+    fits = dict(peak_memory_gib=1.0)
+    Peaks.__call__ = lambda self, batch: fits if batch <= 3 else steps.Lost("oom", "limit")
+    assert memory._largest(Peaks("plain", SMALL, 5.0, {}), 2) == (3, fits)
+
+
+def test_a_step_cost_model_that_does_not_fit_is_not_built_here(monkeypatch):
+    killed = steps.Lost("oom", "the process was ended by signal 9")
+    monkeypatch.setattr(stepcost, "in_fresh_process", lambda function, key, case: killed)
+    monkeypatch.setattr(stepcost, "_checked", lambda key, case: pytest.fail("built"))
+    rows = list(stepcost.run(dataclasses.replace(_short(), memory=True)))
+    assert {row["status"] for row in rows} == {"oom"}
+    assert all(row.keys() >= suite.EVERY_ROW and row["flops"] > 0 for row in rows)
 
 
 def test_a_step_that_does_not_fit_beside_the_others_is_timed_alone(monkeypatch):
@@ -336,7 +358,8 @@ def _short():
 def test_the_peak_of_a_step_is_measured_where_its_results_are_right(name, batch, within, status):
     of = case("rc_mae")
     peaks = memory._Peaks(name, of, within, memory._true_norms(of))
-    row = memory._row("tiny32", of, name, "peak", batch, peaks, _short())
+    of = dataclasses.replace(of, batch=batch)
+    row = memory._row("tiny32", of, name, "peak", peaks(batch), within, _short())
     assert (row["status"], row["match"]) == (status, True if status == "ok" else None)
     if status == "ok":
         assert 0 < row["percent_of_floor"] < 100

@@ -202,7 +202,7 @@ def test_programs_that_did_not_take_turns_are_compared_by_medians(turns, ratio):
         for times in ((1.0, 4.0, 4.0), (2.0, 2.0, 12.0))
     )
     timings = measure.Timing(mine, turns=1), measure.Timing(other, turns=turns)
-    assert steps._ratio(*timings) == ratio
+    assert steps.ratio(*timings) == ratio
 
 
 CPU = dict(block_seconds=0.0, device=torch.device("cpu"))
@@ -309,6 +309,23 @@ def test_compared_rows_are_those_of_both_sides_and_wrong_ones_have_no_time():
     assert first["ratio"] == pytest.approx(2.0, rel=0.02)
     assert first["verdict"] == "faster"
     assert (second["case"], second.get("ratio")) == ("other", None)
+
+
+def test_a_comparison_of_which_one_run_broke_off_is_none(monkeypatch, tmp_path):
+    path = tmp_path / "rows.jsonl"
+    path.write_text("{}\n")
+    monkeypatch.setattr(compare, "__file__", str(tmp_path / "compare.py"))
+    (tmp_path / "run.py").write_text("raise SystemExit(1)")
+    with pytest.raises(subprocess.CalledProcessError):
+        compare._measured(compare.Side("this", None), [], path)
+    (tmp_path / "run.py").write_text("print('\\nwritten: rows')")
+    assert compare._measured(compare.Side("this", None), [], path) == [{}]
+
+
+def test_rows_are_json_that_any_program_reads(tmp_path):
+    path = tmp_path / "rows.jsonl"
+    rows_of.append(path, dict(error=float("inf"), ratio=float("nan"), ms=1.5))
+    assert path.read_text() == '{"error": null, "ratio": null, "ms": 1.5}\n'
 
 
 def test_the_words_of_compare_itself_are_not_passed_on():

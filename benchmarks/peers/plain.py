@@ -199,7 +199,11 @@ class Compiled(Plain):
 
 
 class CompiledMaxAutotune(Compiled):
-    """:class:`Compiled` with every matrix product timed for the best code; CUDA graphs on a GPU."""
+    """:class:`Compiled` with ``mode="max-autotune"``.
+
+    On a GPU every matrix product is timed for the best code, and the step is in CUDA graphs. On a
+    CPU Inductor tunes products with constant weights alone, of which training has none.
+    """
 
     name = "compiled-max-autotune"
     mode = "max-autotune"
