@@ -26,6 +26,22 @@ signal.signal(signal.SIGINT, signal.default_int_handler)
 # The tensors are tiny: on a busy machine threads waiting for each other cost ten times the work.
 torch.set_num_threads(1)
 
+# The longest files, which begin first: with --dist loadfile everything waits for the last one.
+_LONG = (
+    "test_ops.py", "test_distributed.py", "test_benchmark_peers.py", "test_benchmarks.py",
+    "test_trainer.py", "test_cli.py", "test_build.py", "test_compile.py", "test_fuzz.py",
+    "test_convert.py", "test_train_engine.py",
+)  # fmt: skip
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    config.option.loadscopereorder = False  # pytest-xdist's own order is by the number of tests
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    order = {name: place for place, name in enumerate(_LONG)}
+    items.sort(key=lambda item: order.get(item.path.name, len(_LONG)))
+
 
 @pytest.fixture
 def device() -> str:
