@@ -369,6 +369,12 @@ def fused_calls(b, tokens, heads, width):
         variance, mean = torch.var_mean(x.float(), dim=-1, correction=0)
         rstd = (variance + 1e-6).rsqrt()
         wide = torch.float32
+        ids = orders(b, tokens)
+        made += [
+            (ops.feature_loss, (x, branch, given, normalize, weight, bias, kind, 0.7))
+            for kind in ("smooth_l1", "cosine", "cosine_token")
+            for given, normalize in ((None, True), (ids, False))
+        ]
         made += [
             (ops.attention, (qkv, width**-0.5)),
             (
@@ -546,6 +552,7 @@ def test_masks_are_permutations_and_their_inverses(n):
         ("restore_tokens_backward", 1),
         ("gather_patches", 1),
         ("patch_loss", 2),
+        ("feature_loss", 2),
     ],
 )
 def test_a_position_out_of_range_is_named(name, position, wrong):
@@ -558,6 +565,7 @@ def test_a_position_out_of_range_is_named(name, position, wrong):
         "restore_tokens_backward": [x, ids, 2],
         "gather_patches": [imgs, ids, 2, None, None, torch.float32],
         "patch_loss": [pred, imgs, ids, 2, True, None, 1.0, None, None],
+        "feature_loss": [pred, pred, ids, True, None, None, "cosine", 1.0],
     }[name]
     args[position] = args[position].clone()
     args[position][1, 4] = wrong
@@ -631,6 +639,21 @@ def test_a_position_out_of_range_is_named(name, position, wrong):
             "patch_loss",
             (values((2, 4, 5)), values((2, 3, 4, 4)), orders(2, 4), 2, True, None, 1.0, None, None),
             r"expected pred to have shape \(2, 4, 12\), got \(2, 4, 5\)",
+        ),
+        (
+            "feature_loss",
+            (values((2, 4, 5)), values((2, 3, 5)), None, True, None, None, "cosine", 1.0),
+            r"expected target to have shape \(2, 4, 5\), got \(2, 3, 5\)",
+        ),
+        (
+            "feature_loss",
+            (values((2, 4, 5)), values((2, 4, 5)), None, True, None, None, "l1", 1.0),
+            "expected kind smooth_l1, cosine or cosine_token, got 'l1'",
+        ),
+        (
+            "feature_loss",
+            (values((1, 2, 3)).double(), values((1, 2, 3)), None, True, None, None, "cosine", 1.0),
+            "pred cannot be Double",
         ),
     ],
 )
